@@ -1,0 +1,273 @@
+"""The command line: arguments, progress, exit codes. The only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from exlq import __version__
+from exlq.errors import ConfigError, ExlqError, InputError
+from exlq.evaluate.run import evaluate
+from exlq.formats import CODECS
+from exlq.formats.exl2_options import HEAD_BITS
+from exlq.pipeline import job
+from exlq.pipeline.config import STATES, ConvertConfig
+from exlq.pipeline.estimate import estimate
+from exlq.report import tables
+
+console = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`exlq COMMAND …`; the exit code: 0 done, 1 the work failed, 2 the input cannot be used."""
+    parser = argparse.ArgumentParser(prog="exlq", description=__import__("exlq").__doc__)
+    parser.add_argument("--version", action="version", version=f"exlq {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (summary, arrange, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        arrange(command)
+        command.set_defaults(run=run)
+    return _run(parser.parse_args(arguments))
+
+
+def convert_main() -> int:
+    """`python scripts/convert.py …`: the `convert` command alone."""
+    return main(["convert", *sys.argv[1:]])
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    _quiet_libraries()
+    try:
+        if parsed.threads is not None:
+            if parsed.threads < 1:
+                raise ConfigError(f"--threads {parsed.threads}: at least 1 is wanted")
+            torch.set_num_threads(parsed.threads)
+        parsed.run(parsed)
+    except ExlqError as exc:
+        _fail(str(exc))
+        return 2 if isinstance(exc, InputError) else 1
+    except OSError as exc:
+        _fail(f"{exc.filename or 'a file'}: {exc.strerror or exc}")
+        return 1
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it can")
+        return 130
+    return 0
+
+
+def _fail(message: str) -> None:
+    errors.print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
+
+
+def _quiet_libraries() -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def _arrange_convert(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--in_dir", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    add(
+        "-o",
+        "--out_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="job directory; the model goes to DIR/exl2",
+    )
+    add(
+        "-c",
+        "--cal_dataset",
+        type=Path,
+        metavar="FILE",
+        help="parquet file of calibration text; default: bundled",
+    )
+    add("-b", "--bits", type=float, help="average bits per weight of the decoder's linears")
+    add(
+        "-hb",
+        "--head_bits",
+        type=int,
+        default=6,
+        help=f"bits of lm_head: {', '.join(map(str, HEAD_BITS))}; default 6",
+    )
+    add(
+        "-ss",
+        "--shard_size",
+        type=int,
+        default=8192,
+        metavar="MIB",
+        help="largest output file; 0 for one; default 8192",
+    )
+    add(
+        "-om",
+        "--output_measurement",
+        type=Path,
+        metavar="FILE",
+        help="measure only, and save the measurement there",
+    )
+    add("-m", "--measurement", type=Path, metavar="FILE", help="take this measurement instead of measuring")
+    add(
+        "-r",
+        "--dataset_rows",
+        type=int,
+        metavar="N",
+        help="rows to quantize on; default: as many as 204,800 tokens",
+    )
+    add("-l", "--length", type=int, metavar="N", help="tokens in a row; default 2048 or the model's maximum")
+    add(
+        "-mr",
+        "--measurement_rows",
+        type=int,
+        metavar="N",
+        help="rows to measure on; default: as many as 32,768 tokens",
+    )
+    add(
+        "-ml",
+        "--measurement_length",
+        type=int,
+        metavar="N",
+        help="tokens in a row to measure on; default as -l's",
+    )
+    add(
+        "-cf",
+        "--compile_full",
+        type=Path,
+        metavar="DIR",
+        help="put the finished model there instead of OUT/exl2",
+    )
+    add(
+        "-nr",
+        "--no_resume",
+        action="store_true",
+        help="begin anew, whatever an earlier run of the job has left",
+    )
+    add("--format", default="exl2", metavar="LIST", help=f"formats, separated by commas: {', '.join(CODECS)}")
+    add("--force-measurement", action="store_true", help="take -m's file even if it was measured otherwise")
+    add(
+        "--text-column",
+        metavar="NAME",
+        help="the parquet file's column of text; default text, messages or input_ids",
+    )
+    add("--parse-special", action="store_true", help="let special tokens spelled out in the text be special")
+    add(
+        "--rows",
+        choices=("spread", "first"),
+        default="spread",
+        help="rows from all over the text, or its first",
+    )
+    add(
+        "--states",
+        choices=STATES,
+        default="float32",
+        help="how hidden states are kept on disk; default float32",
+    )
+    _arrange_machine(parser)
+
+
+def _arrange_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", type=Path, help="EXL2 or Hugging Face model directory")
+    add("--base", type=Path, required=True, metavar="DIR", help="the model it was made of")
+    add(
+        "-c",
+        "--cal_dataset",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="parquet file of text to evaluate on",
+    )
+    add("--ctx", type=int, metavar="N", help="tokens in a chunk; default 512 or the model's maximum")
+    add("--chunks", type=int, metavar="N", help="chunks at most; default all")
+    add("--text-column", metavar="NAME", help="the parquet file's column of text")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    _arrange_machine(parser)
+
+
+def _arrange_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="of everything drawn by lot; default 0")
+    add("--threads", type=int, metavar="N", help="threads of the arithmetic; default torch's")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps; default cpu")
+
+
+def _convert(parsed: argparse.Namespace) -> None:
+    config = ConvertConfig(
+        in_dir=parsed.in_dir,
+        out_dir=parsed.out_dir,
+        calibration=parsed.cal_dataset,
+        bits=parsed.bits,
+        head_bits=parsed.head_bits,
+        shard_mib=parsed.shard_size,
+        rows=parsed.dataset_rows,
+        length=parsed.length,
+        measurement_rows=parsed.measurement_rows,
+        measurement_length=parsed.measurement_length,
+        measurement=parsed.measurement,
+        output_measurement=parsed.output_measurement,
+        compile_full=parsed.compile_full,
+        no_resume=parsed.no_resume,
+        force_measurement=parsed.force_measurement,
+        formats=tuple(name for name in parsed.format.split(",") if name),
+        text_column=parsed.text_column,
+        parse_special=parsed.parse_special,
+        row_mode=parsed.rows,
+        states=parsed.states,
+        seed=parsed.seed,
+        threads=parsed.threads,
+        device=parsed.device,
+    )
+    done = job.finished_summary(config)
+    if done is not None:
+        console.print("This conversion is finished; -nr does it again.")
+        console.print(tables.summary_table(done))
+        return
+    started = job.begin(config, _progress, shlex.join(sys.argv))
+    console.print(tables.plan_table(started.plan, estimate(started.plan)))
+    summary = job.run(started)
+    if summary is None:
+        console.print(f"measurement: {config.output_measurement}")
+    else:
+        console.print(tables.summary_table(summary))
+
+
+def _eval(parsed: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(prefix="exlq-eval-") as scratch:
+        found = evaluate(
+            parsed.model,
+            parsed.base,
+            parsed.cal_dataset,
+            Path(scratch),
+            context=parsed.ctx,
+            max_chunks=parsed.chunks,
+            text_column=parsed.text_column,
+            device=parsed.device,
+        )
+    if parsed.json:
+        figures = {"model": str(parsed.model), "base": str(parsed.base), "text": str(parsed.cal_dataset)}
+        print(json.dumps(figures | asdict(found) | {"protocol": tables.protocol(found)}, indent=1))
+    else:
+        console.print(tables.evaluation_table(str(parsed.model), found, parsed.cal_dataset))
+
+
+def _progress(stage: str, done: int, total: int, detail: str = "") -> None:
+    console.print(f"{stage} {done}/{total} {detail}".rstrip(), highlight=False)
+
+
+COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
+] = {
+    "convert": ("Quantize a model to an average of bits per weight.", _arrange_convert, _convert),
+    "eval": ("Compare a model with the one it was made of.", _arrange_eval, _eval),
+}

@@ -1,0 +1,79 @@
+"""The seam between the pipeline and a format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from exlq.numerics.hessian import Factor
+from exlq.numerics.rounding import Grid
+from exlq.types import LinearSpec, Option
+
+G = TypeVar("G", bound=Grid)
+
+
+class Codec(Protocol[G]):
+    """How one format stores one matrix.
+
+    For every option of every matrix: `unpack(pack(...))` equals the values the sweep left, bit for
+    bit, and the tensors of `pack` hold exactly `storage_bits` bits.
+    """
+
+    name: str
+
+    def options(self, spec: LinearSpec) -> tuple[Option, ...]:
+        """What the matrix may be stored as, fewest bits first; FormatError if nothing fits its shape."""
+        ...
+
+    def head_options(self, spec: LinearSpec) -> tuple[Option, ...]:
+        """What lm_head may be stored as, fewest bits first."""
+        ...
+
+    def head_option(self, head_bits: int) -> Option:
+        """The way a head of nominally so many bits is stored."""
+        ...
+
+    def storage_bits(self, spec: LinearSpec, option: Option) -> int:
+        """Bits of the stored tensors, padding counted, bias apart."""
+        ...
+
+    def sorts_channels(self, spec: LinearSpec) -> bool:
+        """Whether this matrix may be rounded, and is then stored, with its input channels in another order."""
+        ...
+
+    def grid(
+        self, spec: LinearSpec, options: Sequence[Option], factor: Factor, rows: int, leader: G | None
+    ) -> G:
+        """A grid for `rows` output rows of the matrix, each option in turn.
+
+        `leader` is the finished grid of other rows of the same matrix and options: what belongs to
+        all rows is taken from it.
+        """
+        ...
+
+    def levels(self, spec: LinearSpec, option: Option, grid: G, values: Tensor) -> Tensor:
+        """(in_features, rows) uint8 levels of what a sweep of one option left, (in_features, rows) float32."""
+        ...
+
+    def pack(
+        self,
+        spec: LinearSpec,
+        option: Option,
+        values: Tensor,
+        parts: Sequence[tuple[Tensor, G]],
+        perm: Tensor,
+    ) -> dict[str, Tensor]:
+        """The stored tensors of one matrix.
+
+        Args:
+            values: (in_features, out_features) float32 as the sweep left them, in processing order.
+            parts: the output rows, (n,) int64, and the finished one-option grid of each part swept.
+            perm: (in_features,) input channel of each position in processing order.
+        """
+        ...
+
+    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+        """(out_features, in_features) float32 as a reader of the format computes it."""
+        ...

@@ -1,0 +1,11 @@
+"""Gemma 2: norms after attention and MLP too, alternating windows, soft-capped scores and logits."""
+
+from exlq.models.family import Family
+
+GEMMA2 = Family(
+    "gemma2",
+    ("Gemma2ForCausalLM",),
+    "gemma2",
+    exl2_architecture="Gemma2ForCausalLM",
+    attention="eager",  # no other kernel caps the scores
+)

@@ -1,0 +1,5 @@
+"""Llama 1 to 3 and everything that calls itself `LlamaForCausalLM`."""
+
+from exlq.models.family import Family
+
+LLAMA = Family("llama", ("LlamaForCausalLM",), "llama", exl2_architecture="LlamaForCausalLM")

@@ -1,0 +1,172 @@
+"""A model run block by block: one block's weights in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exlq.models.block import Block
+from exlq.models.calls import Call, record_calls
+from exlq.models.canonical import CanonicalWeights
+from exlq.models.family import Family
+from exlq.models.head import Head
+from exlq.models.layout import EMBEDDING_KEY, HEAD_KEY, NORM_KEY, Layout, Linear, block_key
+from exlq.types import LinearSpec, Weights
+
+
+class Model:
+    """A causal language model on `device`, in float32; made by `open_model`.
+
+    `weights` holds the model's tensors under canonical names, each linear's apart.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        family: Family,
+        skeleton: Any,
+        layout: Layout,
+        weights: Weights,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.family = family
+        self.device = device
+        self._canonical = CanonicalWeights(weights, layout)
+        self.weights: Weights = self._canonical
+        self._skeleton = skeleton
+        self._layout = layout
+        self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}
+        self._open_block: int | None = None
+        self._head = Head(skeleton, self.weights, device)
+        self._load(skeleton.model.norm, NORM_KEY)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self._layout.blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a row may have at most, as the config says."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one stored tensor."""
+        return self._canonical.tied
+
+    @property
+    def embedding_key(self) -> str:
+        return EMBEDDING_KEY
+
+    @property
+    def head(self) -> LinearSpec:
+        return LinearSpec(HEAD_KEY, self.hidden_size, self.vocab_size)
+
+    def linears(self, index: int) -> tuple[Linear, ...]:
+        """The linears of block `index`, in true sequence."""
+        return self._layout.blocks[index]
+
+    def linear_weight(self, key: str) -> Tensor:
+        """(out_features, in_features) in the stored dtype."""
+        return self.weights.read(f"{key}.weight")
+
+    def linear_bias(self, key: str) -> Tensor | None:
+        """(out_features,) in the stored dtype, None where the linear has no bias."""
+        name = f"{key}.bias"
+        names = self.weights.keys()
+        return self.weights.read(name) if name in names else None
+
+    def plain_tensors(self) -> tuple[str, ...]:
+        """Names in `weights` of all that is no linear: embedding and norms, in model order."""
+        linears = {linear.spec.key for block in self._layout.blocks for linear in block} | {HEAD_KEY}
+        names = self.weights.keys()
+        return tuple(name for name in names if name.rpartition(".")[0] not in linears)
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """What the first block receives, (n, length, hidden_size) float32, for (n, length) int64 tokens.
+
+        Only the rows of the embedding matrix that occur are read.
+        """
+        unique, renumbered = torch.unique(rows.to("cpu"), return_inverse=True)
+        matrix = self.weights.read(f"{EMBEDDING_KEY}.weight", unique).to(self.device, torch.float32)
+        embedding = self._skeleton.model.embed_tokens
+        kept = embedding.weight
+        embedding.weight = nn.Parameter(matrix, requires_grad=False)
+        try:
+            hidden = [
+                record_calls(self._skeleton, input_ids=row.unsqueeze(0).to(self.device))[0].hidden
+                for row in renumbered
+            ]
+        finally:
+            embedding.weight = kept
+        return torch.cat(hidden)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """Block `index` with its weights, which are dropped at the end of the `with`; one at a time."""
+        assert self._open_block is None, f"block {self._open_block} is still open"
+        module = self._skeleton.model.layers[index]
+        self._open_block = index
+        try:
+            self._load(module, block_key(index))
+            linears = self._layout.blocks[index]
+            yield Block(module, linears, self.family, lambda *shape: self._call(shape)[index], self.device)
+        finally:
+            _drop(module)
+            self._open_block = None
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What lm_head receives for the last block's output, (…, hidden_size)."""
+        return self._head.norm(hidden)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, vocab) float32 from normed hidden states, soft-capped where the model does that."""
+        return self._head.logits(x)
+
+    def head_backward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of the summed cross-entropy with respect to the last block's output, before the norm.
+
+        `labels`, (n, length), are each of its own position; -100 leaves a position out.
+        """
+        return self._head.backward(hidden, labels)
+
+    def sample_labels(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """Tokens drawn from the model itself, (n, length) int64, for the last block's output."""
+        return self._head.sample_labels(hidden, generator)
+
+    def _call(self, shape: tuple[int, int]) -> tuple[Call, ...]:
+        """How every block is called for (batch, length), recorded once per shape."""
+        if shape not in self._calls:
+            zeros = torch.zeros(*shape, self.hidden_size, device=self.device)
+            self._calls[shape] = record_calls(self._skeleton, inputs_embeds=zeros)
+        return self._calls[shape]
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        state = {name: self._parameter(f"{prefix}.{name}") for name, _ in module.named_parameters()}
+        module.load_state_dict(state, assign=True)
+
+    def _parameter(self, name: str) -> Tensor:
+        """A parameter as the skeleton names it, float32 on the device; our own copy, fused where it is."""
+        parts = [part for part, (key, _) in self._layout.fused.items() if key == name] or [name]
+        stored = [self.weights.read(part).to(self.device, torch.float32, copy=True) for part in parts]
+        return stored[0] if len(stored) == 1 else torch.cat(stored)
+
+
+def _drop(module: nn.Module) -> None:
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device="meta")
+            setattr(owner, name, nn.Parameter(empty, requires_grad=False))

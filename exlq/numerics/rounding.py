@@ -1,0 +1,114 @@
+"""The rounding sweep: columns rounded one after the other, each taking over the errors of those before.
+
+Column c is rounded at  t_c = w_c + Σ_{k<c} (w_k - q_k) M_kc  (LDLQ, identical to GPTQ). The sum is
+made of matrix products: the columns are halved again and again, and when the left half is done its
+errors are pushed into the right half at once. The columns where groups of every option begin are the
+places to cut; what lies between two cuts, a leaf, is walked 32 columns at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from exlq.numerics.hessian import Factor
+
+STEP = 32  # columns rounded between two pushes inside a leaf; group starts are multiples of it
+
+
+class Grid(Protocol):
+    """What a batch of rows may be rounded to, chosen group by group as the sweep gets there."""
+
+    edges: Sequence[int]
+    """Columns, rising, where all groups before are closed; without 0 and the end."""
+
+    def open(self, column: int, current: Tensor) -> None:
+        """Chooses the grids of the groups that begin at `column`.
+
+        `current`, (columns, options, out), holds the weights from `column` to the next edge with all
+        earlier errors taken over. Not to be modified or kept.
+        """
+        ...
+
+    def nearest(self, weights: Tensor) -> Tensor:
+        """The stored values nearest to `weights`, (options, out), in the column's open groups."""
+        ...
+
+
+class Rounded(NamedTuple):
+    """Outcome of a sweep, in processing order."""
+
+    values: Tensor  # (in, options, out) float32, exactly what the file will give back
+    errors: Tensor  # (in, options, out) float32, weights minus values
+    energy: Tensor  # (options, out) float32, eᵀ(H + ridge·I)e of every output row
+
+
+def sweep(weight: Tensor, factor: Factor, grid: Grid, n_options: int) -> Rounded:
+    """Rounds one matrix by several options at once.
+
+    Args:
+        weight: (in_features, out) float32, rows in processing order (`weight.T[factor.perm]`).
+            Not modified.
+        factor: of the Hessian of the input, in the same order.
+        grid: for `n_options` options.
+
+    Source: GPTQ, arXiv:2210.17323; LDLQ: QuIP, arXiv:2307.13304.
+    """
+    state = _Sweep(weight, factor, grid, n_options)
+    state.run(0, len(weight))
+    return Rounded(state.values, state.errors, state.energy)
+
+
+class _Sweep:
+    """The working arrays of one sweep. `values` holds weights still to be rounded, then their values."""
+
+    def __init__(self, weight: Tensor, factor: Factor, grid: Grid, n_options: int) -> None:
+        self.weight, self.factor, self.grid = weight, factor, grid
+        self.values = weight.unsqueeze(1).repeat(1, n_options, 1)
+        self.errors = torch.empty_like(self.values)
+        self.energy = torch.zeros_like(self.values[0])
+        self.pivots = factor.pivots.tolist()
+
+    def run(self, start: int, stop: int) -> None:
+        """Rounds columns `start` to `stop`, on which everything before has been pushed."""
+        middle = self._cut(start, stop)
+        if middle is None:
+            self._leaf(start, stop)
+            return
+        self.run(start, middle)
+        self._push(start, middle, stop)
+        self.run(middle, stop)
+
+    def _cut(self, start: int, stop: int) -> int | None:
+        """The edge nearest to the middle, if any lies between."""
+        inside = [edge for edge in self.grid.edges if start < edge < stop]
+        return min(inside, key=lambda edge: abs(2 * edge - start - stop)) if inside else None
+
+    def _push(self, start: int, middle: int, stop: int) -> None:
+        """Hands the errors of columns `start` to `middle` on to columns `middle` to `stop`."""
+        feedback = self.factor.feedback[start:middle, middle:stop]
+        self.values[middle:stop].flatten(1).addmm_(feedback.T, self.errors[start:middle].flatten(1))
+
+    def _leaf(self, start: int, stop: int) -> None:
+        for column in range(start, stop, STEP):
+            end = min(column + STEP, stop)
+            self.grid.open(column, self.values[column:stop])
+            for inner in range(column, end):
+                self._round(column, inner)
+            if end < stop:
+                self._push(column, end, stop)
+
+    def _round(self, start: int, column: int) -> None:
+        """Rounds one column, after pulling the errors of columns `start` to `column` into it."""
+        target = self.values[column]
+        if column > start:
+            feedback = self.factor.feedback[start:column, column]
+            target.flatten().addmv_(self.errors[start:column].flatten(1).T, feedback)
+        value = self.grid.nearest(target)
+        residual = target.sub_(value)
+        self.energy.addcmul_(residual, residual, value=self.pivots[column])
+        torch.sub(self.weight[column], value, out=self.errors[column])
+        target.copy_(value)

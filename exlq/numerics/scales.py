@@ -1,0 +1,110 @@
+"""Weighted searches for scales, on the values a file can hold."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+N_PROBES = 10  # scales tried per row before the multiplier is known
+N_MULTIPLIERS = 8
+PROBE_TOP = 1.15  # of the scale that just holds the largest weight
+PROBE_BOTTOM = {2: 0.35, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 8: 0.9}  # clipping pays more, the fewer the bits
+SMALLEST = 2.0**-24  # the smallest positive float16
+
+
+def fit_squared_scales(
+    weights: Tensor, importance: Tensor, bits: int, multiplier: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scales of the form k² · m, k in 1..16 per row and m a float16 per group, least in weighted error.
+
+    Every row's error is probed at ten scales and a parabola laid through the best three; m is the
+    candidate that leaves all rows together the least of it; k is then chosen among the neighbours of
+    the best by the exact error of the stored values.
+
+    Args:
+        weights: (size, groups, out) float32.
+        importance: (size,) weight of each input channel's squared error.
+        bits: levels go from -2^(bits-1) to 2^(bits-1) - 1.
+        multiplier: (groups,) float16 to take instead of searching.
+
+    Returns:
+        m (groups,) float16, never zero; k - 1 (groups, out) uint8.
+
+    Source: the EXL2 format, `docs/exl2.md`; weighting by the pivots of H as in `docs/design.md`.
+    """
+    base = weights.abs().amax(0).clamp_min(1e-12) / (2 ** (bits - 1) - 0.5)
+    curve = _ErrorCurve.probe(weights, importance, bits, base)
+    best = curve.minimum()
+    if multiplier is None:
+        multiplier = _best_multiplier(curve, best)
+    nearest = (best / multiplier.float().unsqueeze(-1)).sqrt().round()
+    root = _best_neighbour(weights, importance, bits, multiplier, nearest)
+    return multiplier, (root - 1).to(torch.uint8)
+
+
+class _ErrorCurve:
+    """Weighted error of each row at scales base · exp(bottom + i · step)."""
+
+    def __init__(self, base: Tensor, errors: Tensor, bottom: float, step: float) -> None:
+        self.base, self.errors, self.bottom, self.step = base, errors, bottom, step
+
+    @classmethod
+    def probe(cls, weights: Tensor, importance: Tensor, bits: int, base: Tensor) -> _ErrorCurve:
+        factors = torch.tensor([PROBE_BOTTOM[bits], PROBE_TOP]).log()
+        grid = torch.linspace(float(factors[0]), float(factors[1]), N_PROBES)
+        errors = [_error(weights, base * float(f), importance, bits) for f in grid.exp()]
+        return cls(base, torch.stack(errors), float(grid[0]), float(grid[1] - grid[0]))
+
+    def minimum(self) -> Tensor:
+        """(groups, out) the scale at the lowest point of the parabola through the best three probes."""
+        i = self.errors.argmin(0, keepdim=True).clamp(1, N_PROBES - 2)
+        left, middle, right = (self.errors.gather(0, i + d)[0] for d in (-1, 0, 1))
+        bend = (left - 2 * middle + right).clamp_min(1e-30)
+        offset = ((left - right) / (2 * bend)).clamp(-1, 1)
+        return self.base * (self.bottom + self.step * (i[0] + offset)).exp()
+
+    def at(self, scale: Tensor) -> Tensor:
+        """Error at other scales (..., groups, out), interpolated; grown linearly beyond the ends."""
+        position = ((scale / self.base).log() - self.bottom) / self.step
+        inside = position.clamp(0, N_PROBES - 1)
+        i = inside.long().clamp_max(N_PROBES - 2)
+        low, high = self.errors.expand(scale.shape[0], *self.errors.shape), i.unsqueeze(1)
+        between = torch.lerp(low.gather(1, high)[:, 0], low.gather(1, high + 1)[:, 0], inside - i)
+        return between * (1 + 4 * self.step * (position - inside).abs())
+
+
+def _best_multiplier(curve: _ErrorCurve, best: Tensor) -> Tensor:
+    """(groups,) float16: the largest code on about the largest best scale, moved for the good of all rows."""
+    top = best.amax(-1) / 256
+    spread = torch.linspace(0.85, 1.2, N_MULTIPLIERS, device=best.device).unsqueeze(-1)
+    candidates = (top * spread).clamp(SMALLEST, 255.0).half()  # (candidates, groups)
+    step = candidates.float().unsqueeze(-1)
+    root = (best / step).sqrt()
+    below, above = root.floor().clamp(1, 16), root.ceil().clamp(1, 16)
+    errors = torch.minimum(curve.at(below.square() * step), curve.at(above.square() * step)).sum(-1)
+    return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def _best_neighbour(
+    weights: Tensor, importance: Tensor, bits: int, multiplier: Tensor, nearest: Tensor
+) -> Tensor:
+    """(groups, out) k among `nearest` and its two neighbours by the exact error of the stored values."""
+    best_error = best_root = None
+    for delta in (0, -1, 1):
+        root = (nearest + delta).clamp(1, 16)
+        scale = (root.square().half() * multiplier.unsqueeze(-1)).float()
+        error = _error(weights, scale, importance, bits)
+        if best_error is None or best_root is None:
+            best_error, best_root = error, root
+        else:
+            best_root = torch.where(error < best_error, root, best_root)
+            best_error = torch.minimum(error, best_error)
+    assert best_root is not None
+    return best_root
+
+
+def _error(weights: Tensor, scale: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """(groups, out) weighted squared error of plain rounding at `scale` (groups, out)."""
+    half = 2 ** (bits - 1)
+    difference = (weights / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(weights)
+    return torch.einsum("sgo,s->go", difference.square_(), importance)

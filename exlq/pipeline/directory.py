@@ -1,0 +1,86 @@
+"""The job's directories: what is ours, what may be replaced, and how."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from exlq.errors import ConfigError
+from exlq.files import atomic_write_json
+
+MARK = "job.json"
+_FORMAT = "exlq-job"
+
+
+def prepare_work(out_dir: Path, no_resume: bool) -> Path:
+    """The directory for working files, made where it is missing.
+
+    Raises:
+        ConfigError: if something else stands in its place, or cannot be written to.
+    """
+    work = out_dir / "work"
+    if work.exists() and any(work.iterdir()) and not _is_ours(work):
+        raise ConfigError(f"{work} is not a work directory of exlq: move it away or choose another -o")
+    try:
+        if no_resume and work.exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(work / MARK, {"format": _FORMAT, "version": 1})
+    except OSError as exc:
+        raise ConfigError(f"{out_dir} cannot be written to ({exc.strerror}): choose another -o") from exc
+    return work
+
+
+def require_replaceable(target: Path) -> None:
+    """Refuses to put a model where something of somebody else's stands.
+
+    Raises:
+        ConfigError: if `target` holds anything but a model written by exlq.
+    """
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not _is_our_model(target))):
+        raise ConfigError(
+            f"{target} exists and was not written by exlq: move it away or choose another place"
+        )
+
+
+def put_in_place(finished: Path, target: Path, work: Path) -> None:
+    """Moves a finished directory to `target`; one of ours that stands there goes only then."""
+    require_replaceable(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    finished = _beside(finished, target)
+    replaced = work / "replaced"
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if target.exists():
+        shutil.move(target, replaced)
+    finished.replace(target)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _beside(finished: Path, target: Path) -> Path:
+    """The directory on the file system of `target`, so that it can take that name at once."""
+    if finished.stat().st_dev == target.parent.stat().st_dev:
+        return finished
+    part = target.with_name(f".{target.name}.exlq-part")
+    if part.exists():
+        shutil.rmtree(part)
+    shutil.copytree(finished, part)
+    shutil.rmtree(finished)
+    return part
+
+
+def _is_ours(work: Path) -> bool:
+    try:
+        return bool(json.loads((work / MARK).read_text(encoding="utf-8"))["format"] == _FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_our_model(directory: Path) -> bool:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return "exlq" in config["quantization_config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,96 @@
+"""What every pass over the blocks shares: hidden states in a file, rows in batches, Hessians of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exlq.errors import HessianError
+from exlq.models import Linear, Model
+from exlq.numerics.hessian import HessianSum
+from exlq.workspace import Workspace
+
+TOKENS_AT_ONCE = 2048  # through a block
+STATE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def embedded(model: Model, ids: Tensor, workspace: Workspace, dtype: torch.dtype) -> Tensor:
+    """(n_rows, length, hidden_size) memory-mapped: what the first block receives."""
+    states = workspace.tensor("states", (*ids.shape, model.hidden_size), dtype)
+    for rows in batches(ids):
+        states[rows] = model.embed(ids[rows]).to("cpu", dtype)
+    return states
+
+
+def rows_at_once(length: int) -> int:
+    """Rows that go through a block together."""
+    return max(1, TOKENS_AT_ONCE // length)
+
+
+def batches(ids: Tensor) -> Iterator[slice]:
+    """Runs of rows that go through a block together."""
+    size = rows_at_once(ids.shape[1])
+    for start in range(0, len(ids), size):
+        yield slice(start, min(start + size, len(ids)))
+
+
+@dataclass
+class InputHessians:
+    """Hessians of one linear input: over the rows for calibration and over those held out."""
+
+    device: torch.device
+    calibration: HessianSum | None = None
+    heldout: HessianSum | None = None
+
+    def add(self, x: Tensor, heldout: Tensor) -> None:
+        """Adds inputs x (rows, length, in_features); `heldout` (rows,) bool says which are of which kind."""
+        if self.calibration is None or self.heldout is None:
+            self.calibration = HessianSum.zeros(x.shape[-1], self.device)
+            self.heldout = HessianSum.zeros(x.shape[-1], self.device)
+        for kind, mask in ((self.calibration, ~heldout), (self.heldout, heldout)):
+            if mask.any():
+                kind.add(x[mask.to(x.device)])
+
+    def means(self, what: str) -> tuple[Tensor, Tensor]:
+        """Both Hessians as means; `what` names the input in an error."""
+        assert self.calibration is not None
+        assert self.heldout is not None
+        try:
+            return self.calibration.mean(), self.heldout.mean()
+        except HessianError as exc:
+            raise HessianError(f"{what}: {exc}") from exc
+
+
+@dataclass
+class BlockHessians:
+    """Hessians of all inputs of a block, filled while it runs."""
+
+    device: torch.device
+    by_stage: dict[str, InputHessians] = field(default_factory=dict)
+
+    def listener(self, heldout: Tensor) -> Callable[[str, Tensor], None]:
+        """For `Block.forward`'s `on_input`, with the rows that are about to run."""
+
+        def add(stage: str, x: Tensor) -> None:
+            self.by_stage.setdefault(stage, InputHessians(self.device)).add(x, heldout)
+
+        return add
+
+
+def head_hessians(model: Model, states: Tensor, heldout: Tensor, ids: Tensor) -> InputHessians:
+    """Hessians of lm_head's input, from the states after the last block."""
+    hessians = InputHessians(model.device)
+    for rows in batches(ids):
+        hessians.add(model.final_norm(states[rows].float()), heldout[rows])
+    return hessians
+
+
+def linears_by_stage(model: Model, index: int) -> Mapping[str, list[Linear]]:
+    """Stage → its linears in block `index`, in true sequence."""
+    stages: dict[str, list[Linear]] = {}
+    for linear in model.linears(index):
+        stages.setdefault(linear.stage, []).append(linear)
+    return stages

@@ -1,0 +1,149 @@
+"""Everything that can be known, and refused, before a block is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
+from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
+from exlq.default_calibration import default_calibration
+from exlq.errors import ConfigError, ModelError, TargetError
+from exlq.evaluate.run import usable_device
+from exlq.formats import CODECS
+from exlq.formats.codec import Codec
+from exlq.formats.exl2_config import require_known
+from exlq.models import Model, open_model
+from exlq.pipeline.config import MEASURE_TOKENS, QUANTIZE_TOKENS, ConvertConfig
+from exlq.types import LinearSpec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An open model, its token rows and its settings: what all stages work from."""
+
+    config: ConvertConfig
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    rows: TokenRows
+    measurement_rows: TokenRows
+    codec: Codec[Any]
+    origin: Mapping[str, Any]  # model, calibration, settings: what a measurement is taken of
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """The decoder's linears in model order: what the bits are counted over."""
+        blocks = range(self.model.n_blocks)
+        return tuple(linear.spec for index in blocks for linear in self.model.linears(index))
+
+    @property
+    def numel(self) -> int:
+        return sum(spec.numel for spec in self.linears)
+
+    def checked_rows(self) -> Tensor:
+        """(n, length) int64 rows that no Hessian of either pass has seen, as far as there are any."""
+        heldout = self.rows.ids[self.rows.heldout]
+        starts = self.rows.starts[self.rows.heldout]
+        seen = self.measurement_rows.starts[~self.measurement_rows.heldout]
+        length, other = self.rows.ids.shape[1], self.measurement_rows.ids.shape[1]
+        clash = (starts.unsqueeze(1) < seen + other) & (seen < starts.unsqueeze(1) + length)
+        clean = ~clash.any(1)
+        return heldout[clean] if clean.any() else heldout
+
+
+def make_plan(config: ConvertConfig) -> Plan:
+    """Opens and checks everything; nothing is written.
+
+    Raises:
+        InputError: of the kind that fits, for anything that cannot work.
+    """
+    device = usable_device(config.device)
+    model = open_model(config.in_dir, open_checkpoint(config.in_dir), device=device)
+    codec = CODECS[config.formats[0]]
+    _require_exl2(model)
+    tokenizer = load_tokenizer(config.in_dir)
+    tokenizer_sha256 = tokenizer_hash(config.in_dir)
+    path = config.calibration or default_calibration()
+    stream = read_stream(path, tokenizer, config.text_column, config.parse_special)
+    lengths = _lengths(config, model)
+
+    def cut(rows: int | None, length: int, tokens: int) -> TokenRows:
+        wanted = rows if rows is not None else max(8, tokens // length)
+        return cut_rows(stream, wanted, length, tokenizer_sha256, config.seed, _mode(config))
+
+    rows = cut(config.rows, lengths[0], QUANTIZE_TOKENS)
+    measurement_rows = cut(config.measurement_rows, lengths[1], MEASURE_TOKENS)
+    _require_vocabulary(model, rows)
+    origin = _origin(config, model, measurement_rows, tokenizer_sha256)
+    plan = Plan(config, model, tokenizer, rows, measurement_rows, codec, origin)
+    _require_reachable(plan)
+    return plan
+
+
+def reachable_bits(plan: Plan) -> tuple[int, int]:
+    """Fewest and most stored bits of the decoder's linears."""
+    ranges = [_range(plan.codec, spec) for spec in plan.linears]
+    return sum(low for low, _ in ranges), sum(high for _, high in ranges)
+
+
+def budget_bits(plan: Plan, bits: float) -> int:
+    """The stored bits that `bits` a weight allow."""
+    return int(bits * plan.numel)
+
+
+def _range(codec: Codec[Any], spec: LinearSpec) -> tuple[int, int]:
+    sizes = [codec.storage_bits(spec, option) for option in codec.options(spec)]
+    return min(sizes), max(sizes)
+
+
+def _require_reachable(plan: Plan) -> None:
+    low, high = (bits / plan.numel for bits in reachable_bits(plan))
+    wanted = plan.config.bits
+    if wanted is not None and not low <= wanted:
+        raise TargetError(
+            f"-b {wanted}: this model reaches {low:.4f} to {high:.4f} bits per weight; ask for one in that range"
+        )
+
+
+def _require_exl2(model: Model) -> None:
+    require_known(model.family.exl2_architecture or model.family.architectures[0])
+
+
+def _require_vocabulary(model: Model, rows: TokenRows) -> None:
+    largest = int(rows.ids.max())
+    if largest >= model.vocab_size:
+        raise ModelError(
+            f"the tokenizer gives token {largest}, the model has {model.vocab_size}: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def _lengths(config: ConvertConfig, model: Model) -> tuple[int, int]:
+    """Row lengths of the quantization and of the measurement."""
+    return (
+        row_length(config.length, model.max_length),
+        row_length(config.measurement_length, model.max_length),
+    )
+
+
+def _mode(config: ConvertConfig) -> Any:
+    if config.row_mode not in ("spread", "first"):
+        raise ConfigError(f"--rows {config.row_mode}: choose spread or first")
+    return config.row_mode
+
+
+def _origin(config: ConvertConfig, model: Model, rows: TokenRows, tokenizer_sha256: str) -> Mapping[str, Any]:
+    return {
+        "model": {
+            "architecture": model.family.architectures[0],
+            "sha256": file_hashes(config.in_dir),
+            "tokenizer_sha256": tokenizer_sha256,
+        },
+        "calibration": asdict(rows.record),
+        "settings": {"states": config.states, "seed": config.seed},
+    }

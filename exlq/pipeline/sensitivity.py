@@ -1,0 +1,104 @@
+"""How much the model's predictions suffer from an error at each linear's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from exlq.models import Model
+from exlq.pipeline.progress import Progress
+from exlq.workspace import Workspace
+
+TOKENS = 8192  # gradients are taken on
+ROW_LENGTH = 512  # longer rows are cut
+TOKENS_AT_ONCE = 1024  # through a block and its graph
+HEAD_TOKENS = 256  # whose probabilities are held at once
+
+
+def fisher_rows(ids: Tensor) -> Tensor:
+    """The token rows of the gradient pass: evenly spread over `ids` (n, length), at most 8192 tokens."""
+    length = min(ROW_LENGTH, ids.shape[1])
+    n_rows = min(len(ids), max(1, TOKENS // length))
+    return ids[torch.linspace(0, len(ids) - 1, n_rows).round().long(), :length]
+
+
+def fisher(
+    model: Model, rows: Tensor, workspace: Workspace, seed: int, progress: Progress
+) -> Mapping[str, Tensor]:
+    """Diagonal Fisher information of every linear's outputs, under its canonical key.
+
+    Half of it times an output's mean squared error is the KL divergence, in nats per token, that the
+    error brings to second order. Labels are sampled from the model, one per position. The pass
+    runs block by block, forth with every block's input kept in a file, then back.
+
+    Args:
+        rows: (n, length) int64.
+
+    Returns:
+        (out_features,) float32 per linear, `lm_head` among them.
+
+    Source: Fisher information as the KL's Hessian; K-FAC, arXiv:1503.05671, section 2 (sampled labels).
+    """
+    at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
+    batches = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
+    inputs = _block_inputs(model, rows, batches, workspace, progress)
+    labels = model.sample_labels(inputs[-1], torch.Generator().manual_seed(seed))
+    information = {model.head.key: _head_information(model, inputs[-1])}
+    gradient = workspace.tensor("gradient", tuple(inputs[-1].shape))
+    for batch in batches:
+        gradient[batch] = model.head_backward(inputs[-1][batch], labels[batch]).cpu()
+    for index in reversed(range(model.n_blocks)):
+        information |= _block_information(model, index, inputs[index], gradient, batches)
+        progress("gradients", 2 * model.n_blocks - index, 2 * model.n_blocks)
+    for index in range(model.n_blocks + 1):
+        workspace.remove(f"input-{index}")
+    workspace.remove("gradient")
+    return information
+
+
+def _block_inputs(
+    model: Model, rows: Tensor, batches: list[slice], workspace: Workspace, progress: Progress
+) -> list[Tensor]:
+    """Hidden states (n, length, hidden_size) before each block and after the last."""
+    shape = (*rows.shape, model.hidden_size)
+    states = [workspace.tensor(f"input-{index}", shape) for index in range(model.n_blocks + 1)]
+    for batch in batches:
+        states[0][batch] = model.embed(rows[batch]).cpu()
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            for batch in batches:
+                states[index + 1][batch] = block.forward(states[index][batch]).cpu()
+        progress("gradients", index + 1, 2 * model.n_blocks)
+    return states
+
+
+def _block_information(
+    model: Model, index: int, inputs: Tensor, gradient: Tensor, batches: list[slice]
+) -> dict[str, Tensor]:
+    """Mean squared gradient per output of the block's linears; moves `gradient` to the block's input."""
+    sums: dict[str, Tensor] = {}
+    with model.block(index) as block:
+        for batch in batches:
+            gradient[batch] = block.backward(inputs[batch], gradient[batch], _adding_squares(sums)).cpu()
+    n_tokens = inputs.shape[0] * inputs.shape[1]
+    return {key: (total / n_tokens).float().cpu() for key, total in sums.items()}
+
+
+def _adding_squares(sums: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+    def add(key: str, gradient: Tensor) -> None:
+        squares = gradient.double().square().flatten(0, -2).sum(0)
+        sums[key] = sums[key] + squares if key in sums else squares
+
+    return add
+
+
+def _head_information(model: Model, states: Tensor) -> Tensor:
+    """(vocab,) E[p(1-p)]: the expected squared gradient of each logit."""
+    total = torch.zeros(model.vocab_size, dtype=torch.float64)
+    tokens = states.flatten(0, 1)
+    for chunk in torch.split(tokens, HEAD_TOKENS):
+        p = model.logits(model.final_norm(chunk)).softmax(-1)
+        total += (p * (1 - p)).sum(0, dtype=torch.float64).cpu()
+    return (total / len(tokens)).float()

@@ -1,0 +1,204 @@
+"""One linear rounded: by many options to learn their errors, or by one to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exlq.errors import VerifyError
+from exlq.formats.codec import Codec
+from exlq.numerics.hessian import Factor, energies
+from exlq.numerics.rounding import Rounded, sweep
+from exlq.types import LinearSpec, Option
+
+SWEEP_BYTES = 384 << 20  # working arrays of one sweep
+FEWEST_ROWS = 256  # fewer in one sweep and the multipliers of its groups rest on too little
+SAMPLED_ROWS = 1024  # output rows of a trial
+HELDOUT_ROWS = 256  # of those, on which the held-out error is taken
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a linear's input, in the factor's processing order."""
+
+    factor: Factor
+    heldout: Tensor  # (in, in) float32, mean of x xᵀ over held-out tokens
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What an option does to a linear; energies are summed over output rows, per token.
+
+    `loss` weights the rows' energies with half their Fisher information: nats per token.
+    """
+
+    err: float
+    err_se: float
+    err_heldout: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Trials:
+    """One trial per option; `sensitivity` is the loss at err = 1, were every row as wrong as the next."""
+
+    options: tuple[Trial, ...]
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Output rows of a trial: the matrix cut into runs of rows alike in size, one row drawn of each."""
+
+    rows: Tensor  # (n,) int64
+    weights: Tensor  # (n,) float32, how many rows of the matrix each stands for
+
+    @classmethod
+    def draw(cls, size: Tensor, n: int, generator: torch.Generator) -> RowSample:
+        """`size`, (out,), is what rows are sorted by; all rows are taken where there are at most `n`."""
+        out = len(size)
+        if out <= n:
+            return cls(torch.arange(out), torch.ones(out))
+        order = torch.argsort(size.cpu(), stable=True)
+        edges = torch.linspace(0, out, n + 1).round().long()
+        widths = edges.diff()
+        drawn = (torch.rand(n, generator=generator) * widths).long().clamp_max(widths - 1)
+        return cls(order[edges[:-1] + drawn], widths.float())
+
+
+def try_options(
+    codec: Codec[Any],
+    spec: LinearSpec,
+    options: Sequence[Option],
+    weight: Tensor,
+    evidence: Evidence,
+    fisher: Tensor,
+    generator: torch.Generator,
+) -> Trials:
+    """Errors of every option of one linear, each really rounded.
+
+    Args:
+        weight: (out_features, in_features) float32, in the model's channel order.
+        fisher: (out_features,) float32 on the CPU, mean squared gradient of each output.
+        generator: draws the sample of rows, where there are more than 1024.
+    """
+    whole = _row_energy(weight, evidence).cpu()
+    sample = RowSample.draw(whole * fisher, SAMPLED_ROWS, generator)
+    picked = weight[sample.rows.to(weight.device)]
+    every = max(1, len(picked) // HELDOUT_ROWS)
+    own, held = [], []
+    for batch in _option_batches(options, weight.shape[1]):
+        calibration, heldout = _energies(codec, spec, batch, picked, evidence, every)
+        own.append(calibration)
+        held.append(heldout)
+    return _trials(torch.cat(own).cpu(), torch.cat(held).cpu(), sample, every, whole, fisher)
+
+
+def quantize(
+    codec: Codec[Any], spec: LinearSpec, option: Option, weight: Tensor, factor: Factor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One linear rounded for good: its stored tensors, and the (out, in) float32 weight they give back.
+
+    `weight`, (out_features, in_features), may be of any float dtype.
+
+    Raises:
+        VerifyError: if the stored tensors do not give back what the sweep left.
+    """
+    perm, device = factor.perm, factor.pivots.device
+    levels = torch.empty(spec.in_features, spec.out_features, dtype=torch.uint8, device=device)
+    restored = torch.empty(weight.shape, device=device)
+    parts = []
+    for rows, grid, rounded in _sweeps(codec, spec, [option], weight, factor):
+        values = rounded.values[:, 0]
+        levels[:, rows] = codec.levels(spec, option, grid, values)
+        restored[rows.unsqueeze(-1), perm] = values.T
+        parts.append((rows, grid))
+    tensors = codec.pack(spec, option, levels, parts, perm)
+    if not torch.equal(codec.unpack(tensors, spec), restored.cpu()):
+        raise VerifyError(f"{spec.key}: the packed tensors do not give back the rounded weights")
+    return tensors, restored
+
+
+def _sweeps(
+    codec: Codec[Any], spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor
+) -> Iterator[tuple[Tensor, Any, Rounded]]:
+    """Sweeps over parts of the output rows, as many rows at once as the working memory admits.
+
+    `weight` is (out, in), in the model's channel order; every part has rows from all over it.
+    """
+    out, in_features = weight.shape
+    n_parts = -(-out // max(32, _rows_at_once(in_features, len(options))))
+    leader = None
+    for part in range(n_parts):
+        rows = torch.arange(part, out, n_parts, device=factor.perm.device)
+        turned = weight[rows.to(weight.device)].to(factor.pivots).T[factor.perm].contiguous()
+        grid = codec.grid(spec, options, factor, len(rows), leader)
+        rounded = sweep(turned, factor, grid, len(options))
+        leader = leader or grid
+        yield rows, grid, rounded
+
+
+def _rows_at_once(in_features: int, n_options: int) -> int:
+    return SWEEP_BYTES // (in_features * n_options * 8)
+
+
+def _option_batches(options: Sequence[Option], in_features: int) -> Iterator[Sequence[Option]]:
+    at_once = max(1, min(len(options), _rows_at_once(in_features, 1) // FEWEST_ROWS))
+    for start in range(0, len(options), at_once):
+        yield options[start : start + at_once]
+
+
+def _energies(
+    codec: Codec[Any],
+    spec: LinearSpec,
+    options: Sequence[Option],
+    weight: Tensor,
+    evidence: Evidence,
+    every: int,
+) -> tuple[Tensor, Tensor]:
+    """eᵀHe of each option and row of `weight`: (options, rows) on calibration, every n-th row held out."""
+    factor = evidence.factor
+    own = torch.empty(len(options), len(weight), device=weight.device)
+    heldout = torch.empty_like(own)
+    for rows, _, rounded in _sweeps(codec, spec, options, weight, factor):
+        undamped = rounded.energy - factor.ridge * rounded.errors.square().sum(0)
+        own[:, rows] = undamped.clamp_min(0)
+        chosen = (rows % every == 0).nonzero()[:, 0]
+        heldout[:, rows[chosen]] = energies(rounded.errors[:, :, chosen], evidence.heldout)
+    return own, heldout[:, ::every]
+
+
+def _row_energy(weight: Tensor, evidence: Evidence) -> Tensor:
+    """(out,) wᵀHw of every row, from the factor: H + ridge·I = (I + M) D (I + M)ᵀ."""
+    factor = evidence.factor
+    turned = weight.T[factor.perm]
+    passed = turned + factor.feedback.T @ turned  # (I + M)ᵀ w
+    energy = (passed.square() * factor.pivots.unsqueeze(-1)).sum(0)
+    return (energy - factor.ridge * turned.square().sum(0)).clamp_min(0)
+
+
+def _trials(
+    own: Tensor, heldout: Tensor, sample: RowSample, every: int, whole: Tensor, fisher: Tensor
+) -> Trials:
+    """Sums over rows: `own` (options, rows), `heldout` every n-th of them, `whole` (out,) wᵀHw."""
+    total = float(whole.double().sum())
+    scale = 1 / total if total > 0 else 0.0
+    weighted = own.double() * sample.weights
+    ratio = heldout.double().sum(1) / own[:, ::every].double().sum(1).clamp_min(1e-300)
+    err = weighted.sum(1) * scale
+    half_fisher = fisher[sample.rows].double() / 2
+    loss = (weighted * half_fisher).sum(1) * ratio
+    sampled = len(sample.rows) < len(fisher)
+    deviation = _standard_error(weighted) * scale if sampled else torch.zeros_like(err)
+    figures = zip(err.tolist(), deviation.tolist(), (err * ratio).tolist(), loss.tolist(), strict=True)
+    sensitivity = float((whole.double() * fisher).sum()) / 2
+    return Trials(tuple(Trial(*row) for row in figures), sensitivity)
+
+
+def _standard_error(weighted: Tensor) -> Tensor:
+    """Of a stratified sum with one draw a stratum: from the differences of neighbouring strata."""
+    return (weighted.diff(dim=1).square().sum(1) / 2).sqrt()

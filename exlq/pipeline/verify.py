@@ -1,0 +1,94 @@
+"""What was written, read again and held against what was meant."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exlq.errors import FormatError, ModelError, VerifyError
+from exlq.evaluate.divergence import Divergence, compare
+from exlq.formats.exl2_directory import Exl2Weights
+from exlq.models import Model, open_model
+from exlq.pipeline.plan import Plan
+from exlq.workspace import Workspace
+
+CHECK_TOKENS = 16384  # of held-out rows, on which the finished model is compared with the base
+CHECKED_FROM_BPW = 3.0  # below, any divergence may be what was asked for
+ALLOWED_KL = 0.05
+ALLOWED_RATIO = 5.0
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def verify_files(model: Model, directory: Path, digests: Mapping[str, str]) -> None:
+    """Re-opens an EXL2 directory and compares every tensor with what was to be written.
+
+    Args:
+        digests: of the stored tensors of every linear, by key.
+
+    Raises:
+        VerifyError: naming the first tensor that differs or is missing.
+    """
+    try:
+        weights = Exl2Weights(directory)
+        for key, wanted in digests.items():
+            stored = weights.tensors(key)
+            bias = stored.pop("bias", None)
+            if digest(stored) != wanted or not _same_bias(bias, model.linear_bias(key)):
+                raise VerifyError(
+                    f"{directory}: {key} is not what was written; check the disk, then run again"
+                )
+        for name in model.plain_tensors():
+            if not torch.equal(weights.read(name), model.weights.read(name).half()):
+                raise VerifyError(
+                    f"{directory}: {name} is not what was written; check the disk, then run again"
+                )
+    except (FormatError, ModelError) as exc:
+        raise VerifyError(f"the written files cannot be read back: {exc}") from exc
+
+
+def verify_model(plan: Plan, directory: Path, workspace: Workspace) -> Divergence:
+    """Runs the written model beside the base on rows no Hessian has seen.
+
+    Raises:
+        VerifyError: if a logit is not finite.
+    """
+    rows = plan.checked_rows()
+    rows = rows[: max(1, CHECK_TOKENS // rows.shape[1])]
+    written = open_model(directory, Exl2Weights(directory), device=plan.model.device)
+    found = compare(plan.model, written, rows, workspace)
+    if not math.isfinite(found.kl_mean) or not math.isfinite(found.perplexity):
+        raise VerifyError(f"{directory}: the written model's logits are not finite; report the model")
+    return found
+
+
+def judge(bpw: float, predicted: float, measured: float) -> None:
+    """Refuses a model that is worse than its measurement can explain.
+
+    Raises:
+        VerifyError: from 3 bits per weight, if the KL divergence is above both bounds.
+    """
+    allowed = max(ALLOWED_KL, ALLOWED_RATIO * predicted)
+    if bpw >= CHECKED_FROM_BPW and measured > allowed:
+        raise VerifyError(
+            f"KL divergence {measured:.4f} at {bpw:.2f} bits per weight, at most {allowed:.4f} was expected "
+            f"(predicted {predicted:.4f}): the result is not to be trusted and was not put in place"
+        )
+
+
+def _same_bias(stored: Tensor | None, source: Tensor | None) -> bool:
+    if stored is None or source is None:
+        return stored is source
+    return torch.equal(stored[: len(source)], source.half()) and not stored[len(source) :].any()

@@ -1,0 +1,80 @@
+"""Tiny models of every family, made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from exlq.checkpoint import open_checkpoint
+from exlq.models import FAMILIES, Model, open_model
+from tests.helpers import edit_config, make_model
+
+CPU = torch.device("cpu")
+LENGTH = 24  # three windows of the tiny models
+CASES = [
+    (family, tied)
+    for family in FAMILIES
+    for tied in (True, False)
+    if tied or family not in ("gemma", "gemma2", "gemma3")
+]
+TinyMaker = Callable[[str, bool], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMaker:
+    """(family, tied) → the directory of a tiny model."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(family: str, tied: bool) -> Path:
+        if (family, tied) not in made:
+            made[family, tied] = make_model(family, tmp_path_factory.mktemp(family), tied=tied)
+        return made[family, tied]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rows() -> Tensor:
+    return torch.randint(0, 272, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def opened(directory: Path) -> Model:
+    return open_model(directory, open_checkpoint(directory), device=CPU)
+
+
+def whole_model(directory: Path) -> Any:
+    """The model as transformers loads it, in float32; a Yi as the Llama it is."""
+    if "Yi" in (directory / "config.json").read_text(encoding="utf-8"):
+        edit_config(directory, architectures=["LlamaForCausalLM"], model_type="llama")
+        try:
+            return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        finally:
+            edit_config(directory, architectures=["YiForCausalLM"], model_type="Yi")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def whole_logits(directory: Path, rows: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = whole_model(directory)(input_ids=rows, use_cache=False).logits
+    return logits
+
+
+def streamed_states(model: Model, rows: Tensor) -> Iterator[Tensor]:
+    """The input of every block, then the output of the last."""
+    hidden = model.embed(rows)
+    yield hidden
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            hidden = block.forward(hidden)
+        yield hidden
+
+
+def streamed_logits(model: Model, rows: Tensor) -> Tensor:
+    *_, hidden = streamed_states(model, rows)
+    return model.logits(model.final_norm(hidden))

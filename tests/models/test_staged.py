@@ -1,0 +1,130 @@
+"""The staged pass gives each stage what the plain forward gives it, with the stages before it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from exlq.models import Block, Model
+from tests.models.conftest import CASES, TinyMaker, opened
+
+
+def kept_in_memory(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.full(shape, float("nan"))
+
+
+def coarse(weight: Tensor) -> Tensor:
+    """A crude stand-in for quantization that is felt."""
+    return (weight.float() * 8).round() / 8
+
+
+def walk(
+    block: Block,
+    model: Model,
+    index: int,
+    states: Tensor,
+    *,
+    keep: Callable[[str, tuple[int, ...]], Tensor] = kept_in_memory,
+    batch_rows: int = 2,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every stage's inputs and the outputs, each linear made coarse when its stage has been seen."""
+    staged = block.staged(keep, batch_rows=batch_rows)
+    inputs = {}
+    for stage in model.family.stages:
+        pieces = list(staged.inputs(stage.input_key, states))
+        assert [rows.stop - rows.start for rows, _ in pieces] == [len(x) for _, x in pieces]
+        inputs[stage.input_key] = torch.cat([x for _, x in pieces])
+        for linear in model.linears(index):
+            if linear.stage == stage.input_key:
+                block.set_weight(linear.spec.key, coarse(model.linear_weight(linear.spec.key)))
+    out = torch.empty_like(states)
+    staged.outputs(states, out)
+    return inputs, out
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_a_staged_pass_equals_the_plain_forward_of_the_changed_block(
+    tiny: TinyMaker, family: str, tied: bool, rows: Tensor
+) -> None:
+    model = opened(tiny(family, tied))
+    states = model.embed(rows)
+    for index in range(model.n_blocks):
+        with model.block(index) as block:
+            before = block.forward(states)
+            inputs, out = walk(block, model, index, states)
+            plain: dict[str, Tensor] = {}
+            wanted = block.forward(states, plain.__setitem__)
+        assert (out - wanted).abs().max() < 1e-5
+        assert (before - wanted).abs().max() > 1e-2
+        for key, x in inputs.items():
+            assert (x - plain[key]).abs().max() < 1e-5, key
+        states = wanted
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_a_staged_pass_computes_every_linear_about_once(tiny: TinyMaker, family: str, rows: Tensor) -> None:
+    """gate and up run in their own stage's successor alone, attention in one stage alone."""
+    model = opened(tiny(family, True))
+    states = model.embed(rows)
+    seen: dict[str, int] = {}
+    with model.block(0) as block:
+        for path in {linear.module for linear in model.linears(0)}:
+            module = block.module.get_submodule(path)
+
+            def count(_module: object, _args: object, _out: object, path: str = path) -> None:
+                seen[path] = seen.get(path, 0) + 1
+
+            module.register_forward_hook(count)
+        walk(block, model, 0, states, batch_rows=len(states))
+    assert seen == {linear.module: 1 for linear in model.linears(0)}
+
+
+def test_outputs_may_overwrite_the_inputs_and_be_stored_short(tiny: TinyMaker, rows: Tensor) -> None:
+    model = opened(tiny("gemma2", True))
+    states = model.embed(rows)
+    with model.block(0) as block:
+        _, wanted = walk(block, model, 0, states)
+    short = states.bfloat16()
+    with model.block(0) as block:
+        _, out = walk(block, model, 0, short, keep=lambda _n, shape: torch.zeros(shape, dtype=torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - wanted).norm() / wanted.norm() < 0.02
+    with model.block(0) as block:
+        staged = block.staged(kept_in_memory)
+        for stage in model.family.stages:
+            assert sum(len(x) for _, x in staged.inputs(stage.input_key, states)) == len(states)
+        plain = block.forward(states)
+        staged.outputs(states, states)
+        assert (states - plain).abs().max() < 1e-5
+
+
+def test_what_is_kept_is_named_and_shaped_per_token(tiny: TinyMaker, rows: Tensor) -> None:
+    model = opened(tiny("phi3", True))
+    made: dict[str, tuple[int, ...]] = {}
+
+    def keep(name: str, shape: tuple[int, ...]) -> Tensor:
+        made[name] = shape
+        return torch.empty(shape)
+
+    with model.block(0) as block:
+        walk(block, model, 0, model.embed(rows), keep=keep)
+    n, length = rows.shape
+    assert made == {
+        "attn_out": (n, length, 64),
+        "attn_out_output": (n, length, 64),
+        "mlp_out": (n, length, 96),
+    }
+
+
+def test_stages_out_of_order_are_a_bug(tiny: TinyMaker, rows: Tensor) -> None:
+    model = opened(tiny("llama", True))
+    states = model.embed(rows)
+    with model.block(0) as block:
+        staged = block.staged(kept_in_memory)
+        with pytest.raises(AssertionError, match="attn_in"):
+            next(staged.inputs("mlp_in", states))
+        with pytest.raises(AssertionError, match="were walked"):
+            staged.outputs(states, states)
