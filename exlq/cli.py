@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from exlq import __doc__ as summary_of_exlq
 from exlq import __version__
+from exlq.calibration.rows import STARTS
 from exlq.errors import ConfigError, ExlqError, InputError
 from exlq.evaluate.run import evaluate
 from exlq.formats import CODECS
@@ -32,7 +34,7 @@ errors = Console(stderr=True, soft_wrap=True)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`exlq COMMAND …`; the exit code: 0 done, 1 the work failed, 2 the input cannot be used."""
-    parser = argparse.ArgumentParser(prog="exlq", description=__import__("exlq").__doc__)
+    parser = argparse.ArgumentParser(prog="exlq", description=summary_of_exlq)
     parser.add_argument("--version", action="version", version=f"exlq {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (summary, arrange, run) in COMMANDS.items():
@@ -79,118 +81,42 @@ def _quiet_libraries() -> None:
 def _arrange_convert(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-i", "--in_dir", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
-    add(
-        "-o",
-        "--out_dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="job directory; the model goes to DIR/exl2",
-    )
-    add(
-        "-c",
-        "--cal_dataset",
-        type=Path,
-        metavar="FILE",
-        help="parquet file of calibration text; default: bundled",
-    )
+    add("-o", "--out_dir", type=Path, required=True, metavar="DIR", help="job directory")
     add("-b", "--bits", type=float, help="average bits per weight of the decoder's linears")
-    add(
-        "-hb",
-        "--head_bits",
-        type=int,
-        default=6,
-        help=f"bits of lm_head: {', '.join(map(str, HEAD_BITS))}; default 6",
-    )
-    add(
-        "-ss",
-        "--shard_size",
-        type=int,
-        default=8192,
-        metavar="MIB",
-        help="largest output file; 0 for one; default 8192",
-    )
-    add(
-        "-om",
-        "--output_measurement",
-        type=Path,
-        metavar="FILE",
-        help="measure only, and save the measurement there",
-    )
-    add("-m", "--measurement", type=Path, metavar="FILE", help="take this measurement instead of measuring")
-    add(
-        "-r",
-        "--dataset_rows",
-        type=int,
-        metavar="N",
-        help="rows to quantize on; default: as many as 204,800 tokens",
-    )
-    add("-l", "--length", type=int, metavar="N", help="tokens in a row; default 2048 or the model's maximum")
-    add(
-        "-mr",
-        "--measurement_rows",
-        type=int,
-        metavar="N",
-        help="rows to measure on; default: as many as 32,768 tokens",
-    )
-    add(
-        "-ml",
-        "--measurement_length",
-        type=int,
-        metavar="N",
-        help="tokens in a row to measure on; default as -l's",
-    )
-    add(
-        "-cf",
-        "--compile_full",
-        type=Path,
-        metavar="DIR",
-        help="put the finished model there instead of OUT/exl2",
-    )
-    add(
-        "-nr",
-        "--no_resume",
-        action="store_true",
-        help="begin anew, whatever an earlier run of the job has left",
-    )
-    add("--format", default="exl2", metavar="LIST", help=f"formats, separated by commas: {', '.join(CODECS)}")
-    add("--force-measurement", action="store_true", help="take -m's file even if it was measured otherwise")
-    add(
-        "--text-column",
-        metavar="NAME",
-        help="the parquet file's column of text; default text, messages or input_ids",
-    )
-    add("--parse-special", action="store_true", help="let special tokens spelled out in the text be special")
-    add(
-        "--rows",
-        choices=("spread", "first"),
-        default="spread",
-        help="rows from all over the text, or its first",
-    )
-    add(
-        "--states",
-        choices=STATES,
-        default="float32",
-        help="how hidden states are kept on disk; default float32",
-    )
+    heads = ", ".join(map(str, HEAD_BITS))
+    add("-hb", "--head_bits", type=int, default=6, help=f"bits of lm_head: {heads}; default 6")
+    add("--format", default="exl2", metavar="LIST", help=f"comma list of {', '.join(CODECS)}; default exl2")
+    add("-ss", "--shard_size", type=int, default=8192, metavar="MIB", help="largest file, 0 for one; 8192")
+    add("-cf", "--compile_full", type=Path, metavar="DIR", help="put the model there instead of OUT/exl2")
+    add("-om", "--output_measurement", type=Path, metavar="FILE", help="measure only, and save it there")
+    add("-m", "--measurement", type=Path, metavar="FILE", help="take this measurement, measure nothing")
+    add("--force-measurement", action="store_true", help="take -m's file even if measured otherwise")
+    add("-nr", "--no_resume", action="store_true", help="begin anew, whatever an earlier run has left")
+    add("--states", choices=STATES, default="float32", help="how hidden states are kept; default float32")
+    _arrange_calibration(parser)
     _arrange_machine(parser)
+
+
+def _arrange_calibration(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-c", "--cal_dataset", type=Path, metavar="FILE", help="parquet file of text; default: bundled")
+    add("-r", "--dataset_rows", type=int, metavar="N", help="rows to quantize on; default 204,800 tokens")
+    add("-l", "--length", type=int, metavar="N", help="tokens in a row; default 2048 or the model's maximum")
+    add("-mr", "--measurement_rows", type=int, metavar="N", help="rows to measure on; default 32,768 tokens")
+    add("-ml", "--measurement_length", type=int, metavar="N", help="tokens in a row to measure on")
+    add("--rows", choices=tuple(STARTS), default="spread", help="rows from all over the text, or its first")
+    add("--text-column", metavar="NAME", help="column to read; default text, messages or input_ids")
+    add("--parse-special", action="store_true", help="let special tokens spelled out in text be special")
 
 
 def _arrange_eval(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, help="EXL2 or Hugging Face model directory")
     add("--base", type=Path, required=True, metavar="DIR", help="the model it was made of")
-    add(
-        "-c",
-        "--cal_dataset",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="parquet file of text to evaluate on",
-    )
+    add("-c", "--cal_dataset", type=Path, required=True, metavar="FILE", help="parquet file of text")
     add("--ctx", type=int, metavar="N", help="tokens in a chunk; default 512 or the model's maximum")
     add("--chunks", type=int, metavar="N", help="chunks at most; default all")
-    add("--text-column", metavar="NAME", help="the parquet file's column of text")
+    add("--text-column", metavar="NAME", help="column to read; default text, messages or input_ids")
     add("--json", action="store_true", help="print JSON instead of a table")
     _arrange_machine(parser)
 

@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def default_calibration() -> Path:
-    """The bundled parquet file: `exlq/data` in an installed wheel, `calibration` beside the package in a clone.
+    """The bundled parquet file: in `exlq/data` of an installed wheel, in `calibration` of a clone.
 
     Raises:
         CalibrationError: if neither place holds it.

@@ -1,4 +1,4 @@
-"""Quantizes a model: python scripts/convert.py -i BASE -o OUT -c TEXT.parquet -b BITS (the same as `exlq convert`)."""
+"""Quantizes a model, as `exlq convert` does: convert.py -i BASE -o OUT -c TEXT.parquet -b 5.0"""
 
 import sys
 

@@ -34,7 +34,7 @@ def solve(items: Sequence[Item], budget_bits: int, solver: str = "exact") -> All
         raise TargetError(
             f"a budget of {budget_bits} bits is out of reach; from {low} to {high} bits can be met"
         )
-    found = SOLVERS[solver](problem, budget_bits)
+    found = SOLVERS[solver](problem, min(budget_bits, high))
     index = {key: j for keys, j in zip(problem.keys, found.choice, strict=True) for key in keys}
     choice = {item.key: index[item.key] for item in items}
     chosen = [item.choices[choice[item.key]] for item in items]

@@ -2,7 +2,7 @@
 
 Each item's undominated choices have a lower convex hull. Walking all hulls together, steepest
 step first, gives the linear relaxation's optimum for every budget (Sinha and Zoltners 1979, "The
-multiple-choice knapsack problem", Operations Research 27, section 3).
+multiple-choice knapsack problem", Operations Research 27).
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ NOISE_CHUNKS = 2  # run twice to learn the noise of the arithmetic itself
 class Divergence:
     """Figures over all scored tokens; KL divergence of the base's predictions from the other's, in nats.
 
-    `kl_se` is the standard error of the mean over chunks; `noise_floor` the mean KL of the base
-    from itself with its rows run in other batches: what arithmetic alone brings forth.
+    `kl_se` is the standard error of the mean over chunks, of a single one over its tokens; `noise_floor`
+    the mean KL of the base from itself with its rows run in other batches: what arithmetic alone brings forth.
     """
 
     n_tokens: int
@@ -126,8 +126,8 @@ class _Scores:
 
     def summary(self, chunks: Tensor, noise: float) -> Divergence:
         nll_base, nll, kl, same = self.by_chunk
-        means = kl.mean(1)
-        spread = float(means.std()) / len(means) ** 0.5 if len(means) > 1 else float("nan")
+        means = kl.mean(1) if len(kl) > 1 else kl[0]
+        spread = float(means.std(correction=min(1, len(means) - 1))) / len(means) ** 0.5
         return Divergence(
             n_tokens=kl.numel(),
             n_chunks=len(chunks),

@@ -40,7 +40,7 @@ class Codec(Protocol[G]):
         ...
 
     def sorts_channels(self, spec: LinearSpec) -> bool:
-        """Whether this matrix may be rounded, and is then stored, with its input channels in another order."""
+        """Whether this matrix may be stored, and so be rounded, with its input channels in another order."""
         ...
 
     def grid(
@@ -54,7 +54,7 @@ class Codec(Protocol[G]):
         ...
 
     def levels(self, spec: LinearSpec, option: Option, grid: G, values: Tensor) -> Tensor:
-        """(in_features, rows) uint8 levels of what a sweep of one option left, (in_features, rows) float32."""
+        """(in_features, rows) uint8 levels of `values`, (in_features, rows), left by a one-option sweep."""
         ...
 
     def pack(

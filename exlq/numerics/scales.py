@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-N_PROBES = 10  # scales tried per row before the multiplier is known
+N_PROBES = 7  # scales tried per row before the multiplier is known
 N_MULTIPLIERS = 8
 PROBE_TOP = 1.15  # of the scale that just holds the largest weight
 PROBE_BOTTOM = {2: 0.35, 3: 0.5, 4: 0.6, 5: 0.7, 6: 0.8, 8: 0.9}  # clipping pays more, the fewer the bits
@@ -17,7 +17,7 @@ def fit_squared_scales(
 ) -> tuple[Tensor, Tensor]:
     """Scales of the form k² · m, k in 1..16 per row and m a float16 per group, least in weighted error.
 
-    Every row's error is probed at ten scales and a parabola laid through the best three; m is the
+    Every row's error is probed at seven scales and a parabola laid through the best three; m is the
     candidate that leaves all rows together the least of it; k is then chosen among the neighbours of
     the best by the exact error of the stored values.
 
@@ -30,7 +30,7 @@ def fit_squared_scales(
     Returns:
         m (groups,) float16, never zero; k - 1 (groups, out) uint8.
 
-    Source: the EXL2 format, `docs/exl2.md`; weighting by the pivots of H as in `docs/design.md`.
+    Source: the scales of EXL2, see `exlq.formats.exl2`; why they are weighted: `docs/design.md`.
     """
     base = weights.abs().amax(0).clamp_min(1e-12) / (2 ** (bits - 1) - 0.5)
     curve = _ErrorCurve.probe(weights, importance, bits, base)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from exlq.calibration.rows import STARTS, Mode
 from exlq.errors import ConfigError
 from exlq.formats import CODECS
 from exlq.formats.exl2_options import HEAD_BITS
@@ -41,7 +42,7 @@ class ConvertConfig:
     formats: tuple[str, ...] = ("exl2",)
     text_column: str | None = None
     parse_special: bool = False
-    row_mode: str = "spread"
+    row_mode: Mode = "spread"
     states: str = "float32"
     seed: int = 0
     threads: int | None = None
@@ -61,6 +62,8 @@ class ConvertConfig:
         unknown = [name for name in self.formats if name not in CODECS]
         if unknown or not self.formats:
             raise ConfigError(f"--format {','.join(self.formats)}: known formats are {', '.join(CODECS)}")
+        if self.row_mode not in STARTS:
+            raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(STARTS)}")
         self._check_counts()
 
     def _check_counts(self) -> None:

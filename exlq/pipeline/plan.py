@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
 from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
 from exlq.default_calibration import default_calibration
-from exlq.errors import ConfigError, ModelError, TargetError
+from exlq.errors import ModelError, TargetError
 from exlq.evaluate.run import usable_device
 from exlq.formats import CODECS
 from exlq.formats.codec import Codec
@@ -74,11 +73,11 @@ def make_plan(config: ConvertConfig) -> Plan:
 
     def cut(rows: int | None, length: int, tokens: int) -> TokenRows:
         wanted = rows if rows is not None else max(8, tokens // length)
-        return cut_rows(stream, wanted, length, tokenizer_sha256, config.seed, _mode(config))
+        return cut_rows(stream, wanted, length, tokenizer_sha256, config.seed, config.row_mode)
 
     rows = cut(config.rows, lengths[0], QUANTIZE_TOKENS)
     measurement_rows = cut(config.measurement_rows, lengths[1], MEASURE_TOKENS)
-    _require_vocabulary(model, rows)
+    _require_vocabulary(model, rows, measurement_rows)
     origin = _origin(config, model, measurement_rows, tokenizer_sha256)
     plan = Plan(config, model, tokenizer, rows, measurement_rows, codec, origin)
     _require_reachable(plan)
@@ -106,7 +105,7 @@ def _require_reachable(plan: Plan) -> None:
     wanted = plan.config.bits
     if wanted is not None and not low <= wanted:
         raise TargetError(
-            f"-b {wanted}: this model reaches {low:.4f} to {high:.4f} bits per weight; ask for one in that range"
+            f"-b {wanted}: this model reaches {low:.4f} to {high:.4f} bits per weight; ask for that"
         )
 
 
@@ -114,8 +113,8 @@ def _require_exl2(model: Model) -> None:
     require_known(model.family.exl2_architecture or model.family.architectures[0])
 
 
-def _require_vocabulary(model: Model, rows: TokenRows) -> None:
-    largest = int(rows.ids.max())
+def _require_vocabulary(model: Model, *rows: TokenRows) -> None:
+    largest = max(int(some.ids.max()) for some in rows)
     if largest >= model.vocab_size:
         raise ModelError(
             f"the tokenizer gives token {largest}, the model has {model.vocab_size}: "
@@ -129,12 +128,6 @@ def _lengths(config: ConvertConfig, model: Model) -> tuple[int, int]:
         row_length(config.length, model.max_length),
         row_length(config.measurement_length, model.max_length),
     )
-
-
-def _mode(config: ConvertConfig) -> Any:
-    if config.row_mode not in ("spread", "first"):
-        raise ConfigError(f"--rows {config.row_mode}: choose spread or first")
-    return config.row_mode
 
 
 def _origin(config: ConvertConfig, model: Model, rows: TokenRows, tokenizer_sha256: str) -> Mapping[str, Any]:

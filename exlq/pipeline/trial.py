@@ -91,7 +91,7 @@ def try_options(
     picked = weight[sample.rows.to(weight.device)]
     every = max(1, len(picked) // HELDOUT_ROWS)
     own, held = [], []
-    for batch in _option_batches(options, weight.shape[1]):
+    for batch in option_batches(options, weight.shape[1]):
         calibration, heldout = _energies(codec, spec, batch, picked, evidence, every)
         own.append(calibration)
         held.append(heldout)
@@ -111,30 +111,25 @@ def quantize(
     perm, device = factor.perm, factor.pivots.device
     levels = torch.empty(spec.in_features, spec.out_features, dtype=torch.uint8, device=device)
     restored = torch.empty(weight.shape, device=device)
-    parts = []
-    for rows, grid, rounded in _sweeps(codec, spec, [option], weight, factor):
+    grids = []
+    for rows, grid, rounded in sweeps(codec, spec, [option], weight, factor):
         values = rounded.values[:, 0]
         levels[:, rows] = codec.levels(spec, option, grid, values)
         restored[rows.unsqueeze(-1), perm] = values.T
-        parts.append((rows, grid))
-    tensors = codec.pack(spec, option, levels, parts, perm)
+        grids.append((rows, grid))
+    tensors = codec.pack(spec, option, levels, grids, perm)
     if not torch.equal(codec.unpack(tensors, spec), restored.cpu()):
         raise VerifyError(f"{spec.key}: the packed tensors do not give back the rounded weights")
     return tensors, restored
 
 
-def _sweeps(
+def sweeps(
     codec: Codec[Any], spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor
 ) -> Iterator[tuple[Tensor, Any, Rounded]]:
-    """Sweeps over parts of the output rows, as many rows at once as the working memory admits.
-
-    `weight` is (out, in), in the model's channel order; every part has rows from all over it.
-    """
-    out, in_features = weight.shape
-    n_parts = -(-out // max(32, _rows_at_once(in_features, len(options))))
+    """Sweeps of `weight`, (out, in) in the model's channel order, over parts of its output rows."""
     leader = None
-    for part in range(n_parts):
-        rows = torch.arange(part, out, n_parts, device=factor.perm.device)
+    for rows in parts(weight.shape[0], weight.shape[1], len(options)):
+        rows = rows.to(factor.perm.device)
         turned = weight[rows.to(weight.device)].to(factor.pivots).T[factor.perm].contiguous()
         grid = codec.grid(spec, options, factor, len(rows), leader)
         rounded = sweep(turned, factor, grid, len(options))
@@ -142,11 +137,19 @@ def _sweeps(
         yield rows, grid, rounded
 
 
+def parts(out: int, in_features: int, n_options: int) -> Iterator[Tensor]:
+    """Output rows (n,) int64 of each sweep; every part has rows from all over the matrix."""
+    n_parts = -(-out // max(32, _rows_at_once(in_features, n_options)))
+    for part in range(n_parts):
+        yield torch.arange(part, out, n_parts)
+
+
 def _rows_at_once(in_features: int, n_options: int) -> int:
     return SWEEP_BYTES // (in_features * n_options * 8)
 
 
-def _option_batches(options: Sequence[Option], in_features: int) -> Iterator[Sequence[Option]]:
+def option_batches(options: Sequence[Option], in_features: int) -> Iterator[Sequence[Option]]:
+    """Runs of options that are swept together."""
     at_once = max(1, min(len(options), _rows_at_once(in_features, 1) // FEWEST_ROWS))
     for start in range(0, len(options), at_once):
         yield options[start : start + at_once]
@@ -164,7 +167,7 @@ def _energies(
     factor = evidence.factor
     own = torch.empty(len(options), len(weight), device=weight.device)
     heldout = torch.empty_like(own)
-    for rows, _, rounded in _sweeps(codec, spec, options, weight, factor):
+    for rows, _, rounded in sweeps(codec, spec, options, weight, factor):
         undamped = rounded.energy - factor.ridge * rounded.errors.square().sum(0)
         own[:, rows] = undamped.clamp_min(0)
         chosen = (rows % every == 0).nonzero()[:, 0]

@@ -89,8 +89,8 @@ def evaluation_table(name: str, found: Divergence, text: Path) -> Table:
 def protocol(found: Divergence) -> str:
     """How an evaluation was made, in words."""
     return (
-        f"{found.n_chunks} chunks of {found.context} tokens, each alone and opened by BOS where the tokenizer "
-        f"adds one, second half scored ({found.n_tokens:,} tokens), float32, as llama-perplexity"
+        f"{found.n_chunks} chunks of {found.context} tokens, each alone and opened by BOS where the "
+        f"tokenizer adds one, second half scored ({found.n_tokens:,} tokens), float32, as llama-perplexity"
     )
 
 

@@ -1,0 +1,155 @@
+"""Time of rounding one linear by n options at once, over its arithmetic floor and over n separate calls.
+
+Usage: python scripts/bench_rounding.py [--size 4096] [--options 30] [--threads 2] [--repeat 3]
+
+The floor is what the arithmetic alone would take: factoring the Hessian, out·in² floating point
+operations per option at the rate of a float32 matrix product measured in the same run, and the
+searches for scales run by themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exlq.formats.exl2_codec import Exl2Codec
+from exlq.formats.exl2_options import OPTIONS
+from exlq.numerics import hessian
+from exlq.numerics.hessian import Factor
+from exlq.pipeline import trial
+from exlq.types import LinearSpec, Option
+
+CODEC = Exl2Codec()
+
+
+def main() -> int:
+    """Prints both ratios; exit code 1 if one is above its bound."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--options", type=int, default=len(OPTIONS))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return compare(arguments.size, _spread(arguments.options), arguments.repeat)
+
+
+def compare(size: int, options: Sequence[Option], repeat: int) -> int:
+    """One linear of `size` × `size`, all `options` at once and one by one."""
+    spec = LinearSpec("bench", size, size)
+    weight, covariance = made_linear(size)
+    factor = hessian.factor(covariance)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
+    print(f"{len(options)} options of a {size} × {size} linear, {repeat} runs each")
+    product = torch.randn(size, size)
+    rate = 2 * size**3 / report("matrix product", seconds(lambda: product @ product, repeat))
+    factoring = report("factor", seconds(lambda: hessian.factor(covariance), repeat))
+    searching = report("scale searches", seconds(lambda: search(spec, options, weight, factor), repeat))
+    sweeping = len(options) * size**3 / rate
+    print(f"{'sweeps, floor':>16} {sweeping:9.2f} s   at {rate / 1e9:.0f} GFLOP/s")
+
+    with PeakMemory() as peak:
+        together = report("all at once", seconds(lambda: attempt(spec, options, weight, covariance), repeat))
+    apart = report("one by one", seconds(lambda: one_by_one(spec, options, weight, covariance), 1))
+    floor = factoring + sweeping + searching
+    print(f"over the floor of {floor:.2f} s: {together / floor:.2f} (at most 2.5)")
+    print(f"over {len(options)} separate calls: {together / apart:.2f} (at most 0.5)")
+    print(f"peak anonymous memory {peak.bytes / 2**20:.0f} MiB, of which {peak.before / 2**20:.0f} before")
+    return int(together > 2.5 * floor or together > 0.5 * apart)
+
+
+def attempt(spec: LinearSpec, options: Sequence[Option], weight: Tensor, covariance: Tensor) -> None:
+    """Factor, and round all rows by the options, as a measurement does."""
+    factor = hessian.factor(covariance)
+    for batch in trial.option_batches(options, spec.in_features):
+        for _ in trial.sweeps(CODEC, spec, batch, weight, factor):
+            pass
+
+
+def one_by_one(spec: LinearSpec, options: Sequence[Option], weight: Tensor, covariance: Tensor) -> None:
+    """The same in as many separate calls as there are options."""
+    for option in options:
+        attempt(spec, [option], weight, covariance)
+
+
+def search(spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor) -> None:
+    """The scale searches of all groups of all options, on the unrounded weights."""
+    for batch in trial.option_batches(options, spec.in_features):
+        for rows in trial.parts(spec.out_features, spec.in_features, len(batch)):
+            grid = CODEC.grid(spec, batch, factor, len(rows), None)
+            current = weight[rows].T[factor.perm].contiguous().unsqueeze(1).expand(-1, len(batch), -1)
+            for column in range(0, spec.in_features, 32):
+                grid.open(column, current[column:])
+
+
+def made_linear(size: int) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) and the Hessian of correlated inputs with a few strong channels."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(size) + 0.02 * torch.randn(size, size, generator=generator)
+    x = torch.randn(size, size, generator=generator) @ mixing
+    x[:, :8] *= 10
+    return 0.02 * torch.randn(size, size, generator=generator), x.T @ x / size
+
+
+def seconds(run: Callable[[], object], repeat: int) -> list[float]:
+    """Wall times of `repeat` runs, after one that is thrown away where there are several."""
+    if repeat > 1:
+        run()
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def report(label: str, times: list[float]) -> float:
+    """Prints median and spread; the median."""
+    median = statistics.median(times)
+    print(f"{label:>16} {median:9.2f} s  ×{max(times) / min(times):4.2f}", flush=True)
+    return median
+
+
+class PeakMemory:
+    """The most anonymous memory of this process inside a `with`, sampled; 0 where the system tells none."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.bytes = anonymous_bytes()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def _spread(n: int) -> list[Option]:
+    """`n` of the options, evenly from fewest to most bits."""
+    last = len(OPTIONS) - 1
+    return [OPTIONS[round(i * last / max(1, n - 1))] for i in range(n)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
