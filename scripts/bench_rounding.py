@@ -13,10 +13,8 @@ import argparse
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,6 +24,7 @@ from exlq.formats.exl2_options import OPTIONS
 from exlq.numerics import hessian
 from exlq.numerics.hessian import Factor
 from exlq.pipeline import trial
+from exlq.pipeline.memory import PeakMemory
 from exlq.types import LinearSpec, Option
 
 CODEC = Exl2Codec()
@@ -117,32 +116,6 @@ def report(label: str, times: list[float]) -> float:
     median = statistics.median(times)
     print(f"{label:>16} {median:9.2f} s  ×{max(times) / min(times):4.2f}", flush=True)
     return median
-
-
-class PeakMemory:
-    """The most anonymous memory of this process inside a `with`, sampled; 0 where the system tells none."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.bytes = anonymous_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    """RssAnon of this process."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def _spread(n: int) -> list[Option]:

@@ -16,7 +16,7 @@ def test_a_written_file_holds_the_data_and_nothing_is_left_beside_it(tmp_path: P
     path.write_bytes(b"old")
     files.atomic_write_bytes(path, b"\x00new")
     assert path.read_bytes() == b"\x00new"
-    assert os.listdir(tmp_path) == ["a.bin"]
+    assert [other.name for other in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
@@ -32,7 +32,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     with pytest.raises(OSError, match="No space"):
         files.atomic_write_text(path, "new")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert [other.name for other in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_the_name_is_taken_only_once_the_data_is_on_the_disk(

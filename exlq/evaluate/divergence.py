@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from exlq.models import Model
+from exlq.numerics.precision import widest
 from exlq.workspace import Workspace
 
 TOKENS_AT_ONCE = 2048  # through a block
@@ -20,8 +21,9 @@ NOISE_CHUNKS = 2  # run twice to learn the noise of the arithmetic itself
 class Divergence:
     """Figures over all scored tokens; KL divergence of the base's predictions from the other's, in nats.
 
-    `kl_se` is the standard error of the mean over chunks, of a single one over its tokens; `noise_floor`
-    the mean KL of the base from itself with its rows run in other batches: what arithmetic alone brings forth.
+    `kl_se` is the standard error of the mean over chunks, over tokens where there is but one chunk;
+    `noise_floor` the mean KL of the base from itself with its rows run in other batches: what
+    arithmetic alone brings forth.
     """
 
     n_tokens: int
@@ -93,14 +95,14 @@ def _score_part(
     log_p = base.logits(base.final_norm(base_states)).log_softmax(-1)
     log_q = other.logits(other.final_norm(other_states)).log_softmax(-1)
     index = targets.to(log_p.device).unsqueeze(-1)
-    nll = [-x.gather(-1, index).squeeze(-1).double() for x in (log_p, log_q)]
-    same = (log_p.argmax(-1) == log_q.argmax(-1)).double()
-    return torch.stack([*nll, _kl(log_p, log_q), same]).cpu()
+    nll = [-x.gather(-1, index).squeeze(-1) for x in (log_p, log_q)]
+    same = log_p.argmax(-1) == log_q.argmax(-1)
+    return torch.stack([figure.cpu().double() for figure in (*nll, _kl(log_p, log_q), same)])
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(positions,) float64 KL divergence from (positions, vocab) log probabilities."""
-    return torch.sum(log_p.exp() * (log_p - log_q), -1, dtype=torch.float64)
+    """(positions,) KL divergence from (positions, vocab) log probabilities."""
+    return torch.sum(log_p.exp() * (log_p - log_q), -1, dtype=widest(log_p.device))
 
 
 def _noise(base: Model, chunks: Tensor, workspace: Workspace) -> float:
@@ -110,7 +112,9 @@ def _noise(base: Model, chunks: Tensor, workspace: Workspace) -> float:
     divergences = []
     for one, other, _ in _scored([alone, together], chunks):
         log_p = base.logits(base.final_norm(one)).log_softmax(-1)
-        divergences.append(_kl(log_p, base.logits(base.final_norm(other)).double().log_softmax(-1)).mean())
+        divergences.append(
+            _kl(log_p, base.logits(base.final_norm(other)).to(widest(log_p.device)).log_softmax(-1)).mean()
+        )
     workspace.remove("noise-alone")
     workspace.remove("noise-together")
     return abs(float(torch.stack(divergences).mean()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from exlq.errors import HessianError
+from exlq.numerics.precision import widest
 
 DAMPING = 0.01  # of the diagonal's mean; 0.12, as ExLlamaV2 has it, costs 7 to 14 % of the error
 RETRIES = 6  # each takes ten times the damping
@@ -32,14 +34,14 @@ class HessianSum:
         self.n_tokens += len(tokens)
 
     def mean(self) -> Tensor:
-        """H = E[x xᵀ], (in_features, in_features) float32.
+        """H = E[x xᵀ], (in_features, in_features) float32, in the sum's own memory: nothing is added after.
 
         Raises:
             HessianError: if no token was added, or a value is not finite.
         """
         if self.n_tokens == 0:
             raise HessianError("no token reached this input: use more calibration rows")
-        hessian = self.total / self.n_tokens
+        hessian = self.total.div_(self.n_tokens)
         bad = ~hessian.diagonal().isfinite()
         if bad.any():
             channel = int(bad.nonzero()[0])
@@ -79,29 +81,36 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
 
     Source: GPTQ, arXiv:2210.17323, section 3.3; LDLQ: QuIP, arXiv:2307.13304, section 3.
     """
+    device = hessian.device
+    hessian = hessian.cpu() if widest(device) != torch.float64 else hessian
     diagonal = hessian.diagonal()
     perm = torch.arange(len(diagonal), device=diagonal.device)
     if act_order:
         perm = torch.argsort(diagonal, descending=True, stable=True)
     mean = float(diagonal.double().mean())
+    if not math.isfinite(mean):
+        raise HessianError("its diagonal is not finite: the activations are broken")
     ridge = damping * mean if mean > 0 else 1.0
     backwards = perm.flip(0)
-    reversed_ = hessian[backwards][:, backwards].double()
-    for _ in range(RETRIES):
-        reversed_.diagonal().copy_(diagonal[backwards].double() + ridge)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        if not failed:
-            return _from_reversed(perm, lower, ridge)
-        ridge *= 10
-    raise HessianError(f"not positive definite with {ridge:.3g} on the diagonal: the activations are broken")
-
-
-def _from_reversed(perm: Tensor, lower: Tensor, ridge: float) -> Factor:
-    """The factor from the Cholesky factor of the Hessian in reversed order."""
-    roots = lower.diagonal()
-    unit = (lower / roots).float().flip(0, 1)
+    lower, ridge = _cholesky(hessian[backwards][:, backwards].double(), ridge)
+    roots = lower.diagonal().clone()
+    unit = lower.div_(roots).float()
+    del lower  # half of the memory this function takes
     unit.diagonal().zero_()
-    return Factor(perm, unit, roots.square().flip(0).float(), ridge)
+    pivots = roots.square().flip(0).float()
+    return Factor(perm.to(device), unit.flip(0, 1).to(device), pivots.to(device), ridge)
+
+
+def _cholesky(hessian: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of hessian + ridge·I, and the ridge that it took; `hessian` is modified."""
+    diagonal = hessian.diagonal().clone()
+    for _ in range(RETRIES):
+        hessian.diagonal().copy_(diagonal + ridge)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            return lower, ridge
+        ridge *= 10
+    raise HessianError(f"not positive definite with {ridge / 10:.3g} on the diagonal: activations are broken")
 
 
 def energies(error: Tensor, hessian: Tensor) -> Tensor:

@@ -30,16 +30,22 @@ def allocate(plan: Plan, measurement: Measurement) -> Choice:
     """The least predicted loss within the target.
 
     Raises:
-        MeasurementError: if the record lacks a linear or an option of the model.
+        MeasurementError: if the record lacks a linear or an option of the model, or has one of another size.
     """
     assert plan.config.bits is not None
-    keys = {spec.key for spec in plan.linears}
-    decoder = measurement.only(lambda linear: linear.key in keys, lambda option: option.format == "exl2")
-    missing = keys - {linear.key for linear in decoder.linears}
+    sizes = {spec.key: spec.numel for spec in plan.linears}
+    decoder = measurement.only(lambda linear: linear.key in sizes, lambda option: option.format == "exl2")
+    missing = sizes.keys() - {linear.key for linear in decoder.linears}
     if missing:
         raise MeasurementError(
             f"the measurement lacks {min(missing)} and {len(missing) - 1} others of this model"
         )
+    for linear in decoder.linears:
+        if linear.numel != sizes[linear.key]:
+            raise MeasurementError(
+                f"the measured {linear.key} has {linear.numel} weights, this model's {sizes[linear.key]}: "
+                "it was taken of another model, measure again"
+            )
     allocation = solve(to_items(decoder), budget_bits(plan, plan.config.bits))
     by_key = {linear.key: linear for linear in decoder.linears}
     chosen = {key: by_key[key].options[index] for key, index in allocation.choice.items()}

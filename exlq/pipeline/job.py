@@ -26,6 +26,7 @@ from exlq.pipeline import directory, sensitivity, verify
 from exlq.pipeline.allocate import Choice, allocate
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.measure import measure
+from exlq.pipeline.memory import PeakMemory
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import Progress
 from exlq.pipeline.write import write_exl2, written_config
@@ -95,12 +96,21 @@ def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
 
 def run(job: Job) -> dict[str, Any] | None:
     """Does the work; the summary, or None where only a measurement was asked for."""
+    with PeakMemory() as memory:
+        summary = _run(job)
+    if summary is not None:
+        summary["peak_anonymous_bytes"] = memory.bytes
+        atomic_write_json(job.config.out_dir / SUMMARY, summary)
+    _clean(job)
+    return summary
+
+
+def _run(job: Job) -> dict[str, Any] | None:
     with job.timed("measuring"):
         record = _measurement(job)
     measurement.save(record, job.config.out_dir / MEASUREMENT)
     if job.config.output_measurement is not None:
         measurement.save(record, _measurement_path(job.config.output_measurement))
-        _clean(job)
         return None
     with job.timed("allocating"):
         choice = allocate(job.plan, record)
@@ -111,10 +121,7 @@ def run(job: Job) -> dict[str, Any] | None:
     results = {**record.extra.get("evaluations", {}), _target_name(job.config): evaluation}
     record = replace(record, extra={**record.extra, "evaluations": results})
     measurement.save(record, job.config.out_dir / MEASUREMENT)
-    summary = _summary(job, choice, divergence)
-    atomic_write_json(job.config.out_dir / SUMMARY, summary)
-    _clean(job)
-    return summary
+    return _summary(job, choice, divergence)
 
 
 def _measurement(job: Job) -> Measurement:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from exlq.models import Model
+from exlq.numerics.precision import widest
 from exlq.pipeline.progress import Progress
 from exlq.workspace import Workspace
 
@@ -83,12 +84,12 @@ def _block_information(
         for batch in batches:
             gradient[batch] = block.backward(inputs[batch], gradient[batch], _adding_squares(sums)).cpu()
     n_tokens = inputs.shape[0] * inputs.shape[1]
-    return {key: (total / n_tokens).float().cpu() for key, total in sums.items()}
+    return {key: (total / n_tokens).float() for key, total in sums.items()}
 
 
 def _adding_squares(sums: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
     def add(key: str, gradient: Tensor) -> None:
-        squares = gradient.double().square().flatten(0, -2).sum(0)
+        squares = gradient.square().flatten(0, -2).sum(0, dtype=widest(gradient.device)).cpu().double()
         sums[key] = sums[key] + squares if key in sums else squares
 
     return add
@@ -100,5 +101,5 @@ def _head_information(model: Model, states: Tensor) -> Tensor:
     tokens = states.flatten(0, 1)
     for chunk in torch.split(tokens, HEAD_TOKENS):
         p = model.logits(model.final_norm(chunk)).softmax(-1)
-        total += (p * (1 - p)).sum(0, dtype=torch.float64).cpu()
+        total += (p * (1 - p)).sum(0, dtype=widest(p.device)).cpu()
     return (total / len(tokens)).float()

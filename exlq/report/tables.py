@@ -64,6 +64,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             ("measured on", f"{found['n_tokens']:,} held-out tokens of {summary['calibration']['file']}"),
             ("model", output["directory"]),
             ("measurement", output["measurement"]),
+            ("peak memory", _size(summary["peak_anonymous_bytes"])),
             ("time", ", ".join(f"{name} {_duration(s)}" for name, s in summary["seconds"].items())),
         ],
     )

@@ -1,0 +1,66 @@
+"""The forms in which calibration text is written: chat templates, the spaced form of WikiText, noise."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from random import Random
+
+Turns = list[str]
+
+
+def _marked(opening: str, closing: str, names: tuple[str, str]) -> Callable[[Turns], str]:
+    def form(turns: Turns) -> str:
+        return "".join(opening.format(names[i % 2]) + turn + closing for i, turn in enumerate(turns))
+
+    return form
+
+
+def _instructed(turns: Turns) -> str:
+    return "".join(f"[INST] {turn} [/INST]" if i % 2 == 0 else f" {turn}</s>" for i, turn in enumerate(turns))
+
+
+TEMPLATES: tuple[Callable[[Turns], str], ...] = (
+    _marked("<|im_start|>{}\n", "<|im_end|>\n", ("user", "assistant")),
+    _marked("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", ("user", "assistant")),
+    _marked("<start_of_turn>{}\n", "<end_of_turn>\n", ("user", "model")),
+    _marked("### {}:\n", "\n\n", ("Instruction", "Response")),
+    _marked("{}: ", "\n\n", ("User", "Assistant")),
+    _marked("{}: ", "\n\n", ("Question", "Answer")),
+    _marked("{}: ", "\n\n", ("Q", "A")),
+    _instructed,
+)
+
+
+def spaced(passage: str) -> str:
+    """The passage as WikiText writes text: one paragraph a line, punctuation set apart, ` = Head = `."""
+    return "".join(_headed(paragraph) for paragraph in passage.split("\n\n"))
+
+
+def _headed(paragraph: str) -> str:
+    entry = re.fullmatch(r"([^.:\n]{2,40})[:.] (.{120,})", paragraph, re.DOTALL)
+    if entry:
+        return f" = {_apart(entry[1])} = \n {_apart(entry[2][0].upper() + entry[2][1:])} \n"
+    return f" {_apart(paragraph)} \n"
+
+
+def _apart(text: str) -> str:
+    text = re.sub(r"[“”]", '"', text).replace("’", "'").replace("--", " — ")
+    text = re.sub(r"""(,(?!\d)|[;:?!()"\[\]]|(?<=\w)'s\b|\.(?=["')\]]*(\s|$)))""", r" \1 ", text)
+    text = re.sub(r"(?<=\d)([,.])(?=\d)", r" @\1@ ", text)
+    text = re.sub(r"(?<=\d)-(?=\d)", " – ", text)
+    text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
+    return " ".join(text.split())
+
+
+def noise(words: list[str], count: int, seed: int) -> list[str]:
+    """Texts without meaning: shuffled words, then letters of all scripts, then printable ASCII, in turn."""
+    random = Random(seed)
+    letters = [chr(c) for c in range(0xA1, 0x3000) if chr(c).isalpha()]
+    printable = [chr(c) for c in range(0x20, 0x7F)]
+    kinds = [(words, " ", 280), (letters, "", 500), (printable, "", 900)]
+    made = []
+    for i in range(count):
+        alphabet, glue, length = kinds[i % len(kinds)]
+        made.append(glue.join(alphabet[int(random.random() * len(alphabet))] for _ in range(length)))
+    return made

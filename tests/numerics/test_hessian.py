@@ -1,0 +1,163 @@
+"""Hessians and their factor against float64 arithmetic and GPTQ's own factor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from exlq.errors import HessianError
+from exlq.numerics import hessian
+from exlq.numerics.hessian import Factor, HessianSum
+from tests.numerics.helpers import correlated_hessian, correlated_tokens, damped, inverse_upper
+
+CPU = torch.device("cpu")
+
+
+def rebuilt(factor: Factor) -> Tensor:
+    """(I + M) D (I + M)ᵀ in float64, in processing order."""
+    unit = factor.feedback.double() + torch.eye(len(factor.perm), dtype=torch.float64)
+    return unit * factor.pivots.double() @ unit.T
+
+
+def assert_rebuilds(factor: Factor, of: Tensor) -> None:
+    expected = damped(of, factor)
+    assert (rebuilt(factor) - expected).abs().max() < 2e-6 * expected.diagonal().max()
+    assert torch.equal(factor.feedback, factor.feedback.triu(1))
+    assert (factor.pivots > 0).all()
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("in_features", [1, 32, 192])
+def test_a_factor_rebuilds_the_damped_hessian(in_features: int, act_order: bool) -> None:
+    of = correlated_hessian(in_features, seed=in_features)
+    before = of.clone()
+    factor = hessian.factor(of, damping=0.02, act_order=act_order)
+    assert_rebuilds(factor, of)
+    assert factor.ridge == pytest.approx(0.02 * of.diagonal().double().mean().item())
+    assert torch.equal(of, before)
+
+
+def test_channels_are_processed_by_falling_diagonal_or_as_they_stand() -> None:
+    of = correlated_hessian(64, seed=3)
+    assert (of.diagonal()[hessian.factor(of).perm].diff() <= 0).all()
+    assert hessian.factor(of, act_order=False).perm.tolist() == list(range(64))
+    assert hessian.factor(torch.eye(48)).perm.tolist() == list(range(48)), "ties must keep their order"
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_the_factor_is_the_inverse_of_gptqs(act_order: bool) -> None:
+    of = correlated_hessian(160, seed=4)
+    factor = hessian.factor(of, act_order=act_order)
+    upper = inverse_upper(damped(of, factor))
+    torch.testing.assert_close(factor.pivots.double(), upper.diagonal() ** -2, rtol=1e-6, atol=0)
+    expected = torch.linalg.inv(upper) * upper.diagonal() - torch.eye(160, dtype=torch.float64)
+    assert (factor.feedback.double() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_fewer_tokens_than_channels_still_factor() -> None:
+    tokens = correlated_tokens(20, 96, seed=5)
+    of = tokens.T @ tokens / 20
+    factor = hessian.factor(of)
+    assert_rebuilds(factor, of)
+    assert factor.ridge == pytest.approx(0.01 * of.diagonal().mean().item())
+
+
+def test_channels_that_are_never_used_come_last_and_cost_the_ridge() -> None:
+    tokens = correlated_tokens(300, 64, seed=6)
+    tokens[:, ::4] = 0
+    of = tokens.T @ tokens / 300
+    factor = hessian.factor(of)
+    assert_rebuilds(factor, of)
+    assert sorted(factor.perm[-16:].tolist()) == list(range(0, 64, 4))
+    torch.testing.assert_close(factor.pivots[-16:], torch.full((16,), factor.ridge))
+
+
+def test_a_zero_hessian_counts_all_errors_alike() -> None:
+    factor = hessian.factor(torch.zeros(40, 40))
+    assert (factor.ridge, factor.feedback.abs().max().item()) == (1.0, 0.0)
+    assert torch.equal(factor.pivots, torch.ones(40))
+
+
+@pytest.mark.parametrize("scale", [2.0**-80, 2.0**-40, 2.0**40])
+def test_the_scale_of_a_hessian_does_not_matter(scale: float) -> None:
+    of = correlated_hessian(64, seed=7)
+    plain, scaled = hessian.factor(of), hessian.factor(of * scale)
+    assert torch.equal(plain.perm, scaled.perm)
+    assert torch.equal(plain.feedback, scaled.feedback)
+    assert torch.equal(plain.pivots * scale, scaled.pivots)
+
+
+@pytest.mark.parametrize(("lowest", "tenfold"), [(0.0, 0), (-0.05, 1), (-0.5, 2), (-70.0, 4), (-999.0, 5)])
+def test_damping_is_raised_tenfold_until_the_hessian_factors(lowest: float, tenfold: int) -> None:
+    """`lowest` is the smallest eigenvalue, the mean of the diagonal is 1, the damping 0.01 at first."""
+    of = torch.eye(8)
+    of[0, 1] = of[1, 0] = 1 - lowest
+    factor = hessian.factor(of)
+    assert factor.ridge == pytest.approx(0.01 * 10**tenfold)
+    assert_rebuilds(factor, of)
+
+
+def test_a_hessian_no_damping_helps_is_refused() -> None:
+    of = torch.eye(8)
+    of[0, 1] = of[1, 0] = 2000
+    with pytest.raises(HessianError, match="not positive definite"):
+        hessian.factor(of)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(3, 3), (3, 5)])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_hessian_that_is_not_finite_is_refused(bad: float, where: tuple[int, int], act_order: bool) -> None:
+    of = correlated_hessian(16, seed=8)
+    of[where] = of[where[::-1]] = bad
+    with pytest.raises(HessianError):
+        hessian.factor(of, act_order=act_order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_is_the_mean_over_all_tokens_of_all_pieces(dtype: torch.dtype) -> None:
+    tokens = correlated_tokens(210, 48, seed=9).to(dtype)
+    total = HessianSum.zeros(48, CPU)
+    total.add(tokens[:120].reshape(4, 30, 48))
+    total.add(tokens[120:])
+    total.add(tokens[:0])
+    exact = tokens.double().T @ tokens.double() / 210
+    assert total.n_tokens == 210
+    assert (total.mean().double() - exact).abs().max() < 1e-6 * exact.abs().max()
+    assert total.mean().dtype == torch.float32
+
+
+def test_an_input_no_token_reached_is_refused() -> None:
+    with pytest.raises(HessianError, match="no token"):
+        HessianSum.zeros(8, CPU).mean()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_activations_that_are_not_finite_or_overflow_name_their_channel(bad: float) -> None:
+    tokens = correlated_tokens(10, 8, seed=10)
+    tokens[4, 5] = bad
+    total = HessianSum.zeros(8, CPU)
+    total.add(tokens)
+    with pytest.raises(HessianError, match="1 of 8 input channels are not finite, first 5"):
+        total.mean()
+
+
+def test_energies_are_the_quadratic_forms_of_columns() -> None:
+    of = correlated_hessian(24, seed=11)
+    error = torch.randn(24, 3, 5, generator=torch.Generator().manual_seed(12))
+    before = error.clone()
+    found = hessian.energies(error, of)
+    exact = [
+        [
+            sum(
+                float(error[i, a, b]) * float(of[i, j]) * float(error[j, a, b])
+                for i in range(24)
+                for j in range(24)
+            )
+            for b in range(5)
+        ]
+        for a in range(3)
+    ]
+    torch.testing.assert_close(found, torch.tensor(exact), rtol=1e-5, atol=0)
+    assert torch.equal(error, before)

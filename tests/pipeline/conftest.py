@@ -1,0 +1,81 @@
+"""Tiny models, tokens and conversions, made once."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from exlq.pipeline.config import ConvertConfig
+from tests.helpers import make_model
+from tests.pipeline.helpers import convert, settings, write_ids, write_texts
+
+TinyMaker = Callable[[str, bool], Path]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A conversion that was done; not to be changed."""
+
+    config: ConvertConfig
+    summary: dict[str, Any]
+
+    @property
+    def model(self) -> Path:
+        return self.config.out_dir / "exl2"
+
+    @property
+    def measurement(self) -> Path:
+        return self.config.out_dir / "measurement.json"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMaker:
+    """(family, tied) → the directory of a tiny model, not to be changed."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(family: str, tied: bool) -> Path:
+        if (family, tied) not in made:
+            made[family, tied] = make_model(family, tmp_path_factory.mktemp(family), tied=tied)
+        return made[family, tied]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(tiny: TinyMaker) -> Path:
+    return tiny("llama", False)
+
+
+@pytest.fixture(scope="session")
+def ids_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_ids(tmp_path_factory.mktemp("calibration") / "ids.parquet")
+
+
+@pytest.fixture(scope="session")
+def finished(llama: Path, ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The tiny llama at 6 bits per weight."""
+    config = settings(llama, tmp_path_factory.mktemp("finished") / "out", ids_file)
+    return Finished(config, convert(config))
+
+
+@pytest.fixture(scope="session")
+def sources_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text that every Python brings along."""
+    texts = [inspect.getsource(module) for module in (inspect, argparse, pathlib)]
+    return write_texts(tmp_path_factory.mktemp("text") / "sources.parquet", texts)
+
+
+@pytest.fixture(scope="session")
+def bundled(tiny_llama: Path, sources_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The bundled model at 4 bits per weight, in files of at most 2 MiB."""
+    small = {"rows": 8, "length": 128, "measurement_rows": 8, "measurement_length": 128}
+    out = tmp_path_factory.mktemp("bundled") / "out"
+    config = settings(tiny_llama, out, sources_file, bits=4.0, shard_mib=2, **small)
+    return Finished(config, convert(config))

@@ -1,0 +1,118 @@
+"""The streamed Fisher information is what autograd through the whole model gives."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from exlq.pipeline import sensitivity
+from exlq.pipeline.progress import silent
+from exlq.workspace import Workspace
+from tests.models.conftest import opened, streamed_states, whole_logits, whole_model
+from tests.pipeline.conftest import TinyMaker
+
+SEED = 5
+FUSED = {  # of the tiny phi3: 4 heads and 2 key heads of 16, 96 intermediate
+    "self_attn.qkv_proj": {"q_proj": slice(0, 64), "k_proj": slice(64, 96), "v_proj": slice(96, 128)},
+    "mlp.gate_up_proj": {"gate_proj": slice(0, 96), "up_proj": slice(96, 192)},
+}
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    return torch.randint(4, 260, (5, 32), generator=torch.Generator().manual_seed(1))
+
+
+def autograd_fisher(directory: Path, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Mean squared gradient of every linear's outputs, by transformers' own module names."""
+    model, gradients = whole_model(directory), dict[str, Tensor]()
+
+    def watch(name: str, _module: nn.Module, _args: object, out: Tensor) -> None:
+        out.register_hook(partial(gradients.__setitem__, name))  # type: ignore[no-untyped-call]
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(partial(watch, name))
+    logits = model(input_ids=rows, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: g.double().square().flatten(0, 1).mean(0) for name, g in gradients.items()}
+
+
+def unfused(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
+    apart: dict[str, Tensor] = {}
+    for name, value in fisher.items():
+        block, path = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
+        parent = path.split(".")[0]
+        parts = FUSED.get(path, {path.split(".")[-1]: slice(None)})
+        apart |= {f"{block}.{parent}.{part}": value[rows] for part, rows in parts.items()}
+    return apart
+
+
+@pytest.mark.parametrize("at_once", [1024, 64])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
+def test_it_equals_autograd_through_the_whole_model(
+    tiny: TinyMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: Tensor,
+    family: str,
+    at_once: int,
+) -> None:
+    monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", at_once)
+    directory = tiny(family, True)
+    model = opened(directory)
+    found = dict(sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, silent))
+    *_, last = streamed_states(model, rows)
+    labels = model.sample_labels(last, torch.Generator().manual_seed(SEED))
+    wanted = autograd_fisher(directory, rows, labels)
+    wanted.pop("lm_head")
+    wanted = unfused(wanted)
+    found.pop("lm_head")
+    assert found.keys() == wanted.keys() == {s.spec.key for i in range(2) for s in model.linears(i)}
+    for key, value in wanted.items():
+        assert (found[key] - value).norm() < 1e-4 * value.norm(), key
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_heads_information_is_the_expected_variance_of_each_token(
+    tiny: TinyMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Tensor, family: str
+) -> None:
+    monkeypatch.setattr(sensitivity, "HEAD_TOKENS", 7)
+    directory = tiny(family, True)
+    found = sensitivity.fisher(opened(directory), rows, Workspace(tmp_path), SEED, silent)
+    p = whole_logits(directory, rows).double().softmax(-1).flatten(0, 1)
+    wanted = (p * (1 - p)).mean(0)
+    assert (found["lm_head"] - wanted).abs().max() < 1e-5 * wanted.max()
+
+
+def test_it_depends_on_the_seed_alone_and_leaves_no_file(llama: Path, tmp_path: Path, rows: Tensor) -> None:
+    model = opened(llama)
+    one, same, other = (
+        sensitivity.fisher(model, rows, Workspace(tmp_path), seed, silent) for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["model.layers.0.mlp.down_proj"], other["model.layers.0.mlp.down_proj"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("n", "length", "wanted"),
+    [(3, 20, (3, 20)), (300, 64, (128, 64)), (40, 700, (16, 512)), (1, 700, (1, 512))],
+)
+def test_its_rows_are_spread_over_all_and_within_the_limit(
+    n: int, length: int, wanted: tuple[int, int]
+) -> None:
+    ids = torch.arange(n * length).reshape(n, length)
+    rows = sensitivity.fisher_rows(ids)
+    assert tuple(rows.shape) == wanted
+    firsts = rows[:, 0] // length
+    assert firsts[0] == 0
+    assert firsts[-1] == (n - 1 if len(rows) > 1 else 0)
+    assert torch.equal(rows, ids[firsts, : wanted[1]])
+    assert len(set(firsts.tolist())) == len(firsts)
