@@ -9,7 +9,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install -c constraints
 .PHONY: quickstart test clean
 
 quickstart: .venv/installed
-	.venv/bin/python -m exlq convert -i tests/assets/tiny-llama -o quickstart -b 5.0
+	.venv/bin/python -m exlq convert -i tests/assets/tiny-llama -o quickstart -b 5.0 --threads 1
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -169,7 +169,7 @@ def _convert(parsed: argparse.Namespace) -> None:
 
 
 def _eval(parsed: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(prefix="exlq-eval-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="exlq-eval-", ignore_cleanup_errors=True) as scratch:
         found = evaluate(
             parsed.model,
             parsed.base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -26,4 +27,7 @@ class Workspace:
 
     def remove(self, name: str) -> None:
         """Deletes the file of a tensor, if there is one; the tensor itself must be out of use."""
-        (self.directory / f"{name}.bin").unlink(missing_ok=True)
+        with contextlib.suppress(
+            PermissionError
+        ):  # Windows keeps a mapped file: left to the directory's owner
+            (self.directory / f"{name}.bin").unlink(missing_ok=True)

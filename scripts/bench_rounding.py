@@ -83,7 +83,7 @@ def one_by_one(spec: LinearSpec, options: Sequence[Option], weight: Tensor, cova
 def search(spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor) -> None:
     """The scale searches of all groups of all options, on the unrounded weights."""
     for batch in trial.option_batches(options, spec.in_features):
-        for rows in trial.parts(spec.out_features, spec.in_features, len(batch)):
+        for rows in trial.parts(weight, factor.perm, len(batch)):
             grid = CODEC.grid(spec, batch, factor, len(rows), None)
             current = weight[rows].T[factor.perm].contiguous().unsqueeze(1).expand(-1, len(batch), -1)
             for column in range(0, spec.in_features, 32):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scripts.calibration_forms import TEMPLATES, noise, spaced
+from scripts.calibration_forms import TEMPLATES, mask_rare, noise, spaced
 from scripts.calibration_readers import Document
 from scripts.calibration_readme import refresh, write_notices
 from scripts.calibration_sources import VERSIONS, Source, documents
@@ -30,10 +30,11 @@ from scripts.calibration_table import SOURCES
 SEED = 20260501
 PASSAGE_CHARS = {"prose": 3200, "code": 2600, "dialogue": 1600, "multilingual": 1500}
 NOISE_ROWS = 12
+SPACED_MARK = " (spaced)"
 CALIBRATION = Path(__file__).resolve().parent.parent / "calibration"
 
 _BOILERPLATE = re.compile(
-    r"copyright|©|licen[cs]e|warranty|gutenberg|https?://|www\.|@[a-z]+\.|\bnigger|\bwhore|prostitut",
+    r"copyright|©|licen[cs]e|warranty|gutenberg|https?://|www\.|@[a-z]+\.|\bnigger|\bwhore|prostitut|porn|suicid|\brape",
     re.IGNORECASE,
 )
 _ENGLISH = frozenset(
@@ -74,8 +75,8 @@ def collect(source: Source, packages: Path, seen: set[str]) -> list[Row]:
 def _row(source: Source, text: str, place: int) -> Row:
     """One passage as it goes into the file; the source's share of them is put in the spaced form."""
     rewritten = int((place + 1) * source.spaced) > int(place * source.spaced)
-    name = f"{source.name} (spaced)" if rewritten else source.name
-    text = spaced(text) if rewritten else text.rstrip("\n") + "\n\n"
+    name = source.name + SPACED_MARK if rewritten else source.name
+    text = spaced(text, source.headed) if rewritten else text.rstrip("\n") + "\n\n"
     return Row(text, name, source.package, source.kind, source.language, source.licence)
 
 
@@ -132,6 +133,15 @@ def _dialogue(source: Source, turns: Document) -> list[str]:
     return [TEMPLATES[_rank(turns[0])[0] % len(TEMPLATES)](turns)]
 
 
+def with_unknowns(rows: list[Row]) -> list[Row]:
+    """The rows with the rare words of the spaced ones masked."""
+    masked = mask_rare([row.text for row in rows], [row.text for row in rows if row.language == "en"])
+    return [
+        row._replace(text=text) if row.source.endswith(SPACED_MARK) else row
+        for row, text in zip(rows, masked, strict=True)
+    ]
+
+
 def noise_rows(rows: list[Row]) -> list[Row]:
     """The rows without meaning; their words come from the text of all sources."""
     natural = [row.text for row in rows if row.kind in ("prose", "multilingual")]
@@ -168,39 +178,31 @@ def download(packages: Path) -> None:
             subprocess.run(["apt-get", "download", f"{package}={version}"], cwd=packages, check=True)
 
 
-def main() -> None:
-    """Command line: builds the file and prints what is in it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--packages", type=Path, required=True, help="folder of the .deb files")
-    parser.add_argument(
-        "--download", action="store_true", help="fetch missing packages with apt-get download"
-    )
-    parser.add_argument("--output", type=Path, default=CALIBRATION, help="folder of default.parquet")
-    parser.add_argument(
-        "--tokenizer",
-        type=_named,
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="count its tokens too",
-    )
-    options = parser.parse_args()
-    if options.download:
-        download(options.packages)
+def gather(packages: Path) -> list[Row]:
+    """All rows of the file in their order; what each source gave is printed."""
     seen: set[str] = set()
     groups = []
     for source in SOURCES:
-        groups.append(collect(source, options.packages, seen))
+        groups.append(collect(source, packages, seen))
         size = sum(len(row.text) for row in groups[-1])
         print(
             f"{source.kind:12} {source.language:10} {size:7} of {source.budget:6} characters  {source.name}"
         )
-    write(
-        weave([*groups, noise_rows([row for rows in groups for row in rows])]),
-        options.output / "default.parquet",
-    )
+    noisy = noise_rows([row for rows in groups for row in rows])
+    return with_unknowns(weave([*groups, noisy]))
+
+
+def main() -> None:
+    """Command line: builds the file, the notices and the README's figures."""
+    parser = argparse.ArgumentParser(description="Builds the default calibration text from Debian packages.")
+    parser.add_argument("--packages", type=Path, required=True, help="folder of the .deb files")
+    parser.add_argument("--download", action="store_true", help="fetch what it lacks with apt-get download")
+    parser.add_argument("--output", type=Path, default=CALIBRATION, help="folder of default.parquet")
+    parser.add_argument("--tokenizer", type=_named, action="append", default=[], metavar="NAME=FOLDER")
+    options = parser.parse_args()
+    if options.download:
+        download(options.packages)
+    write(gather(options.packages), options.output / "default.parquet")
     write_notices(options.output / "licences.txt", options.packages)
     refresh(options.output, dict(options.tokenizer))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from random import Random
 
@@ -32,14 +33,17 @@ TEMPLATES: tuple[Callable[[Turns], str], ...] = (
 )
 
 
-def spaced(passage: str) -> str:
-    """The passage as WikiText writes text: one paragraph a line, punctuation set apart, ` = Head = `."""
-    return "".join(_headed(paragraph) for paragraph in passage.split("\n\n"))
+def spaced(passage: str, headed: bool) -> str:
+    """The passage as WikiText writes text: one paragraph a line, punctuation set apart, ` = Head = `.
+
+    Of a headed passage the long paragraphs are entries, each with its headword before a colon or full stop.
+    """
+    return "".join(_line(paragraph, headed) for paragraph in passage.split("\n\n"))
 
 
-def _headed(paragraph: str) -> str:
+def _line(paragraph: str, headed: bool) -> str:
     entry = re.fullmatch(r"([^.:\n]{2,40})[:.] (.{120,})", paragraph, re.DOTALL)
-    if entry:
+    if headed and entry:
         return f" = {_apart(entry[1])} = \n {_apart(entry[2][0].upper() + entry[2][1:])} \n"
     return f" {_apart(paragraph)} \n"
 
@@ -47,10 +51,27 @@ def _headed(paragraph: str) -> str:
 def _apart(text: str) -> str:
     text = re.sub(r"[“”]", '"', text).replace("’", "'").replace("--", " — ")
     text = re.sub(r"""(,(?!\d)|[;:?!()"\[\]]|(?<=\w)'s\b|\.(?=["')\]]*(\s|$)))""", r" \1 ", text)
+    text = re.sub(r"\b(Mrs?|Dr|St|No|vs|[A-Z]) \. (?=[\w ])", r"\1. ", text)
     text = re.sub(r"(?<=\d)([,.])(?=\d)", r" @\1@ ", text)
     text = re.sub(r"(?<=\d)-(?=\d)", " – ", text)
     text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
     return " ".join(text.split())
+
+
+def mask_rare(texts: list[str], every: list[str]) -> list[str]:
+    """Spaced texts with `<unk>`, as WikiText has it, for words that come but once in the texts of `every`.
+
+    Headings keep their words.
+    """
+    counts = Counter(word for text in every for word in re.findall(r"[^\W\d_]+", text))
+    once = {word for word, count in counts.items() if count == 1}
+    return ["\n".join(_masked(line, once) for line in text.split("\n")) for text in texts]
+
+
+def _masked(line: str, rare: set[str]) -> str:
+    if line.startswith(" = "):
+        return line
+    return " ".join("<unk>" if word in rare else word for word in line.split(" "))
 
 
 def noise(words: list[str], count: int, seed: int) -> list[str]:

@@ -56,6 +56,7 @@ class Source:
     licence: str
     budget: int
     spaced: float = 0.0  # share of the passages that are put in the form of WikiText
+    headed: bool = False  # long paragraphs begin with a headword
 
 
 def documents(source: Source, packages: Path) -> list[Document]:

@@ -16,6 +16,7 @@ from exlq.types import Weights
 from exlq.workspace import Workspace
 
 DEFAULT_CONTEXT = 512
+LEAST_CONTEXT = 3  # whose second half has one token to be predicted
 
 
 def evaluate(
@@ -44,7 +45,11 @@ def evaluate(
             f"{model_dir} has {model.vocab_size} tokens, {base_dir} has {base.vocab_size}: "
             "give the base the model was made of"
         )
-    length = row_length(context or min(DEFAULT_CONTEXT, base.max_length), base.max_length)
+    length = row_length(
+        min(DEFAULT_CONTEXT, base.max_length) if context is None else context, base.max_length
+    )
+    if length < LEAST_CONTEXT:
+        raise ConfigError(f"--ctx {length}: at least {LEAST_CONTEXT} is wanted, half of it is scored")
     chunks = evaluation_chunks(text, load_tokenizer(base_dir), length, max_chunks, text_column)
     return compare(base, model, chunks, Workspace(scratch))
 
@@ -65,7 +70,7 @@ def usable_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        float(torch.zeros(1, device=device)[0])
     except (RuntimeError, AssertionError) as exc:
         raise ConfigError(f"--device {name}: torch cannot use it here; cpu always works") from exc
     return device

@@ -61,14 +61,14 @@ class Codec(Protocol[G]):
         self,
         spec: LinearSpec,
         option: Option,
-        values: Tensor,
+        levels: Tensor,
         parts: Sequence[tuple[Tensor, G]],
         perm: Tensor,
     ) -> dict[str, Tensor]:
         """The stored tensors of one matrix.
 
         Args:
-            values: (in_features, out_features) float32 as the sweep left them, in processing order.
+            levels: (in_features, out_features) uint8, from `levels`, in processing order.
             parts: the output rows, (n,) int64, and the finished one-option grid of each part swept.
             perm: (in_features,) input channel of each position in processing order.
         """

@@ -97,6 +97,8 @@ def stored_groups(tensors: Mapping[str, Tensor]) -> list[Group]:
     """
     pairs = tensors["q_groups"].to(torch.int64).reshape(-1, 2).tolist()
     ends = [offset for _, offset in pairs[1:]] + [len(tensors["q_weight"])]
+    if not pairs or pairs[0][1] != 0:
+        raise FormatError(f"q_groups begins with {pairs[:1]}: the first group starts at row 0 of q_weight")
     groups: list[Group] = []
     start = 0
     for (bits, offset), end in zip(pairs, ends, strict=True):

@@ -30,7 +30,7 @@ class Exl2Grid:
         self.layouts, self.importance, self.leader = layouts, importance, leader
         device = importance.device
         starts = [{group.start for group in groups} for groups in layouts]
-        self.edges = tuple(sorted(set.intersection(*starts) - {0}))
+        self.edges: Sequence[int] = sorted(set.intersection(*starts) - {0})
         self.codes = [torch.zeros(len(g), rows, dtype=torch.uint8, device=device) for g in layouts]
         self.multipliers = [torch.zeros(len(g), dtype=torch.float16, device=device) for g in layouts]
         self._scale = torch.ones(len(layouts), rows, device=device)

@@ -82,12 +82,15 @@ def groups_of(qparams: Mapping[str, Any], in_features: int) -> list[Group]:
 
     Source: the row counts of exllamav2 0.3.2: shares rounded up to whole groups, the rest to the last width.
     """
-    bits, shares = qparams["bits"], qparams["bits_prop"]
-    _check(bits, shares, in_features)
+    try:
+        bits, shares = qparams["bits"], qparams["bits_prop"]
+        _check(bits, shares, in_features)
+        sizes = [_group_size(qparams["group_size"], width) for width in bits]
+    except (KeyError, TypeError) as exc:
+        raise FormatError(f"{dict(qparams)} are no parameters of an EXL2 option") from exc
     groups: list[Group] = []
     start = 0
-    for width, share in zip(bits, shares, strict=True):
-        size = _group_size(qparams["group_size"], width)
+    for width, share, size in zip(bits, shares, sizes, strict=True):
         for _ in range(math.ceil(min(in_features * share, in_features - start) / size)):
             groups.append(Group(start, min(start + size, in_features), width))
             start = groups[-1].stop
@@ -97,13 +100,18 @@ def groups_of(qparams: Mapping[str, Any], in_features: int) -> list[Group]:
 
 
 def _group_size(group_size: int | Mapping[Any, int], width: int) -> int:
-    if isinstance(group_size, int):
-        return group_size
-    return group_size[str(width)] if str(width) in group_size else group_size[width]
+    size = group_size
+    if isinstance(group_size, Mapping):
+        size = group_size[str(width)] if str(width) in group_size else group_size[width]
+    if not isinstance(size, int) or size < 32 or size % 32:
+        raise FormatError(f"groups of {size!r}: EXL2 takes multiples of 32")
+    return size
 
 
 def _check(bits: Sequence[int], shares: Sequence[float], in_features: int) -> None:
     if not set(bits) <= set(WIDTHS) or list(bits) != sorted(bits, reverse=True) or len(bits) != len(shares):
         raise FormatError(f"bits {list(bits)} with shares {list(shares)}: EXL2 has widths {WIDTHS}, falling")
+    if not all(0 <= share <= 1 for share in shares):
+        raise FormatError(f"shares {list(shares)}: each is wanted from 0 to 1")
     if in_features % 32:
         raise FormatError(f"{in_features} input features: EXL2 needs a multiple of 32")

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from exlq.allocation import solve
-from exlq.errors import MeasurementError
+from exlq.errors import FormatError, MeasurementError
 from exlq.measurement import LinearRecord, Measurement, OptionRecord, to_items
 from exlq.pipeline.plan import Plan, budget_bits
-from exlq.types import Allocation, Option
+from exlq.types import Allocation, LinearSpec, Option
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,15 @@ def allocate(plan: Plan, measurement: Measurement) -> Choice:
         MeasurementError: if the record lacks a linear or an option of the model, or has one of another size.
     """
     assert plan.config.bits is not None
-    sizes = {spec.key: spec.numel for spec in plan.linears}
-    decoder = measurement.only(lambda linear: linear.key in sizes, lambda option: option.format == "exl2")
-    missing = sizes.keys() - {linear.key for linear in decoder.linears}
+    keys = {spec.key for spec in plan.linears}
+    decoder = measurement.only(lambda linear: linear.key in keys, lambda option: option.format == "exl2")
+    missing = keys - {linear.key for linear in decoder.linears}
     if missing:
         raise MeasurementError(
             f"the measurement lacks {min(missing)} and {len(missing) - 1} others of this model"
         )
-    for linear in decoder.linears:
-        if linear.numel != sizes[linear.key]:
-            raise MeasurementError(
-                f"the measured {linear.key} has {linear.numel} weights, this model's {sizes[linear.key]}: "
-                "it was taken of another model, measure again"
-            )
+    for spec in plan.linears:
+        _require_fitting(plan, spec, next(linear for linear in decoder.linears if linear.key == spec.key))
     allocation = solve(to_items(decoder), budget_bits(plan, plan.config.bits))
     by_key = {linear.key: linear for linear in decoder.linears}
     chosen = {key: by_key[key].options[index] for key, index in allocation.choice.items()}
@@ -58,6 +54,29 @@ def allocate(plan: Plan, measurement: Measurement) -> Choice:
         allocation.total_bits / plan.numel,
         allocation.loss + head_loss,
     )
+
+
+def _require_fitting(plan: Plan, spec: LinearSpec, measured: LinearRecord) -> None:
+    """Refuses records of a matrix of another shape, or with sizes that its options do not have."""
+    if measured.numel != spec.numel:
+        raise MeasurementError(
+            f"the measured {spec.key} has {measured.numel} weights, this model's {spec.numel}: "
+            "it was taken of another model, measure again"
+        )
+    for option in measured.options:
+        stored = _stored_bits(plan, spec, option)
+        if stored != option.total_bits:
+            raise MeasurementError(
+                f"{spec.key} at {option.desc}: {option.total_bits} bits are recorded, "
+                f"{stored} are stored; measure again"
+            )
+
+
+def _stored_bits(plan: Plan, spec: LinearSpec, option: OptionRecord) -> int:
+    try:
+        return plan.codec.storage_bits(spec, Option(option.desc, option.qparams))
+    except FormatError as exc:
+        raise MeasurementError(f"{spec.key} at {option.desc}: {exc}; measure again") from exc
 
 
 def _head_record(measurement: Measurement, key: str, option: Option) -> OptionRecord:

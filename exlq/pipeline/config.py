@@ -13,6 +13,8 @@ from exlq.formats.exl2_options import HEAD_BITS
 
 QUANTIZE_TOKENS = 100 * 2048  # what -r and -l come to by default
 MEASURE_TOKENS = 16 * 2048  # likewise -mr and -ml
+# One row is held out; the second half of a row of 3 has one token to be predicted.
+LEAST = {"rows": 2, "length": 3, "measurement_rows": 2, "measurement_length": 2, "threads": 1}
 STATES = ("float32", "bf16")
 
 
@@ -67,10 +69,10 @@ class ConvertConfig:
         self._check_counts()
 
     def _check_counts(self) -> None:
-        for name in ("rows", "length", "measurement_rows", "measurement_length", "threads"):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; at least 1 is wanted")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; at least {least} is wanted")
         if self.shard_mib < 0:
             raise ConfigError(f"-ss {self.shard_mib}: a shard size in MiB is wanted, 0 for one file")
         if self.states not in STATES:

@@ -20,7 +20,7 @@ def prepare_work(out_dir: Path, no_resume: bool) -> Path:
         ConfigError: if something else stands in its place, or cannot be written to.
     """
     work = out_dir / "work"
-    if work.exists() and any(work.iterdir()) and not _is_ours(work):
+    if work.exists() and not _is_ours(work) and (not work.is_dir() or any(work.iterdir())):
         raise ConfigError(f"{work} is not a work directory of exlq: move it away or choose another -o")
     try:
         if no_resume and work.exists():
@@ -42,6 +42,16 @@ def require_replaceable(target: Path) -> None:
         raise ConfigError(
             f"{target} exists and was not written by exlq: move it away or choose another place"
         )
+
+
+def require_parent(file: Path, out_dir: Path) -> None:
+    """Refuses a measurement's file whose directory is missing, and is not the job's, which will be made.
+
+    Raises:
+        ConfigError: naming the directory.
+    """
+    if not file.parent.is_dir() and file.parent.resolve() != out_dir.resolve():
+        raise ConfigError(f"-om {file}: there is no directory {file.parent}; make it or choose another")
 
 
 def put_in_place(finished: Path, target: Path, work: Path) -> None:

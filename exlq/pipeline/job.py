@@ -91,6 +91,8 @@ def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
     target = config.compile_full or config.out_dir / "exl2"
     if config.output_measurement is None:
         directory.require_replaceable(target)
+    else:
+        directory.require_parent(_measurement_path(config.output_measurement), config.out_dir)
     return Job(plan, directory.prepare_work(config.out_dir, config.no_resume), progress, command)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
 from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
 from exlq.default_calibration import default_calibration
-from exlq.errors import ModelError, TargetError
+from exlq.errors import FormatError, ModelError, TargetError
 from exlq.evaluate.run import usable_device
 from exlq.formats import CODECS
 from exlq.formats.codec import Codec
@@ -96,14 +96,17 @@ def budget_bits(plan: Plan, bits: float) -> int:
 
 
 def _range(codec: Codec[Any], spec: LinearSpec) -> tuple[int, int]:
-    sizes = [codec.storage_bits(spec, option) for option in codec.options(spec)]
+    try:
+        sizes = [codec.storage_bits(spec, option) for option in codec.options(spec)]
+    except FormatError as exc:
+        raise ModelError(f"this model cannot be written as {codec.name}: {exc}") from exc
     return min(sizes), max(sizes)
 
 
 def _require_reachable(plan: Plan) -> None:
     low, high = (bits / plan.numel for bits in reachable_bits(plan))
     wanted = plan.config.bits
-    if wanted is not None and not low <= wanted:
+    if wanted is not None and not low <= wanted <= high:
         raise TargetError(
             f"-b {wanted}: this model reaches {low:.4f} to {high:.4f} bits per weight; ask for that"
         )

@@ -95,7 +95,8 @@ def try_options(
         calibration, heldout = _energies(codec, spec, batch, picked, evidence, every)
         own.append(calibration)
         held.append(heldout)
-    return _trials(torch.cat(own).cpu(), torch.cat(held).cpu(), sample, every, whole, fisher)
+    unrounded = energies(picked[::every].T[evidence.factor.perm], evidence.heldout).cpu()
+    return _trials(torch.cat(own).cpu(), torch.cat(held).cpu(), unrounded, sample, every, whole, fisher)
 
 
 def quantize(
@@ -128,7 +129,7 @@ def sweeps(
 ) -> Iterator[tuple[Tensor, Any, Rounded]]:
     """Sweeps of `weight`, (out, in) in the model's channel order, over parts of its output rows."""
     leader = None
-    for rows in parts(weight.shape[0], weight.shape[1], len(options)):
+    for rows in parts(weight, factor.perm, len(options)):
         rows = rows.to(factor.perm.device)
         turned = weight[rows.to(weight.device)].to(factor.pivots).T[factor.perm].contiguous()
         grid = codec.grid(spec, options, factor, len(rows), leader)
@@ -137,11 +138,33 @@ def sweeps(
         yield rows, grid, rounded
 
 
-def parts(out: int, in_features: int, n_options: int) -> Iterator[Tensor]:
-    """Output rows (n,) int64 of each sweep; every part has rows from all over the matrix."""
+def parts(weight: Tensor, perm: Tensor, n_options: int) -> list[Tensor]:
+    """Output rows (n,) int64 of each sweep of `weight`, (out, in); every part has rows from all over it.
+
+    The first, whose multipliers the others take over, also has the rows with the largest weights: one
+    for every run of channels of the processing order `perm`. Without them the others would be clipped.
+    """
+    out, in_features = weight.shape
     n_parts = -(-out // max(32, _rows_at_once(in_features, n_options)))
-    for part in range(n_parts):
-        yield torch.arange(part, out, n_parts)
+    if n_parts == 1:
+        return [torch.arange(out)]
+    size = -(-out // n_parts)
+    first = _reaching_rows(weight, perm, size // 2)
+    others = _without(torch.arange(out), first)
+    fill = others[torch.linspace(0, len(others) - 1, size - len(first)).long()]
+    others = _without(others, fill)
+    return [torch.cat([first, fill]), *(others[part :: n_parts - 1] for part in range(n_parts - 1))]
+
+
+def _reaching_rows(weight: Tensor, perm: Tensor, most: int) -> Tensor:
+    """The row with the largest weight in every run of 32 channels of `perm`, or more: at most `most` rows."""
+    run = 32 * max(1, -(-len(perm) // (32 * most)))
+    runs = torch.split(perm.to(weight.device), run)
+    return torch.tensor(sorted({int(weight[:, channels].abs().amax(1).argmax()) for channels in runs}))
+
+
+def _without(rows: Tensor, dropped: Tensor) -> Tensor:
+    return rows[~torch.isin(rows, dropped)]
 
 
 def _rows_at_once(in_features: int, n_options: int) -> int:
@@ -185,19 +208,33 @@ def _row_energy(weight: Tensor, evidence: Evidence) -> Tensor:
 
 
 def _trials(
-    own: Tensor, heldout: Tensor, sample: RowSample, every: int, whole: Tensor, fisher: Tensor
+    own: Tensor,
+    held: Tensor,
+    unrounded: Tensor,
+    sample: RowSample,
+    every: int,
+    whole: Tensor,
+    fisher: Tensor,
 ) -> Trials:
-    """Sums over rows: `own` (options, rows), `heldout` every n-th of them, `whole` (out,) wᵀHw."""
+    """Sums over rows.
+
+    Args:
+        own: (options, rows) eᵀHe of the sampled rows; `held`, (options, fewer), of every n-th of them
+            under the held-out Hessian, and `unrounded`, (fewer,), wᵀHw of these under the same.
+        whole: (out,) wᵀHw of all rows; `fisher` likewise.
+    """
     total = float(whole.double().sum())
     scale = 1 / total if total > 0 else 0.0
     weighted = own.double() * sample.weights
-    ratio = heldout.double().sum(1) / own[:, ::every].double().sum(1).clamp_min(1e-300)
+    rest = sample.weights[::every].double()
+    held_weighted = held.double() * rest
+    ratio = held_weighted.sum(1) / weighted[:, ::every].sum(1).clamp_min(1e-300)
     err = weighted.sum(1) * scale
-    half_fisher = fisher[sample.rows].double() / 2
-    loss = (weighted * half_fisher).sum(1) * ratio
+    err_heldout = held_weighted.sum(1) / (unrounded.double() * rest).sum().clamp_min(1e-300)
+    loss = (weighted * fisher[sample.rows].double() / 2).sum(1) * ratio
     sampled = len(sample.rows) < len(fisher)
     deviation = _standard_error(weighted) * scale if sampled else torch.zeros_like(err)
-    figures = zip(err.tolist(), deviation.tolist(), (err * ratio).tolist(), loss.tolist(), strict=True)
+    figures = zip(err.tolist(), deviation.tolist(), err_heldout.tolist(), loss.tolist(), strict=True)
     sensitivity = float((whole.double() * fisher).sum()) / 2
     return Trials(tuple(Trial(*row) for row in figures), sensitivity)
 

@@ -79,6 +79,10 @@ def test_what_cannot_be_compared_is_refused(llama: Path, text: Path, tmp_path: P
         evaluate(tmp_path / "nowhere", llama, text, tmp_path)
     with pytest.raises(ConfigError, match=r"200 tokens .* 2 to 128"):
         evaluate(llama, llama, text, tmp_path, context=200)
+    for context in (0, 1, 2):
+        with pytest.raises(ConfigError, match=f"{context}.* tokens|--ctx 2: at least 3"):
+            evaluate(llama, llama, text, tmp_path, context=context)
+    assert evaluate(llama, llama, text, tmp_path, context=3, max_chunks=4).n_tokens == 4
     with pytest.raises(CalibrationError, match="no such file"):
         evaluate(llama, llama, tmp_path / "none.parquet", tmp_path)
     short = write_texts(tmp_path / "short.parquet", ["a few words"])
@@ -93,7 +97,7 @@ def test_both_kinds_of_directory_open_and_name_the_same_model(finished: Finished
     assert [x.spec for x in base.linears(1)] == [x.spec for x in written.linears(1)]
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cuda:77", ""])
+@pytest.mark.parametrize("name", ["nonsense", "cuda:77", "meta", ""])
 def test_a_device_that_is_not_here_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"--device .*cpu always works"):
         usable_device(name)

@@ -38,7 +38,9 @@ def quantized(spec: LinearSpec, option: Option, parts: int) -> tuple[dict[str, T
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "{}x{}".format(*shape))
 @pytest.mark.parametrize("option", ALL, ids=lambda option: option.desc)
-def test_unpacked_is_what_the_sweep_left_in_the_bits_announced(option: Option, shape: tuple[int, int]) -> None:
+def test_unpacked_is_what_the_sweep_left_in_the_bits_announced(
+    option: Option, shape: tuple[int, int]
+) -> None:
     spec = LinearSpec("model.layers.0.mlp.up_proj", *shape)
     tensors, left, factor = quantized(spec, option, parts=1)
     assert tuple(tensors) == SUFFIXES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from exlq.formats.exl2_options import HEAD_BITS, HEAD_OPTIONS, OPTIONS, groups_o
 from exlq.models import open_model
 from exlq.numerics import hessian
 from exlq.pipeline import trial
-from exlq.types import LinearSpec, Option
+from exlq.types import Option
 
 ALL = [*OPTIONS, *HEAD_OPTIONS.values()]
 
@@ -90,13 +91,24 @@ def test_group_sizes_may_be_given_by_width_as_numbers_or_as_json_has_them() -> N
         ([4], [0.5, 0.5], 64, "EXL2 has widths"),
         ([4], [1], 80, "80 input features: EXL2 needs a multiple of 32"),
         ([4, 3], [0.25, 0.25], 256, "leave 128 of 256 rows"),
+        ([4, 3], [1.2, -0.2], 256, r"shares \[1.2, -0.2\]"),
+        (4, [1], 256, "no parameters of an EXL2 option"),
     ],
 )
 def test_parameters_that_fit_no_matrix_are_refused(
-    bits: Sequence[int], shares: Sequence[float], in_features: int, complaint: str
+    bits: Any, shares: Sequence[float], in_features: int, complaint: str
 ) -> None:
     with pytest.raises(FormatError, match=complaint):
         groups_of({"group_size": 32, "bits": bits, "bits_prop": shares}, in_features)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "complaint"),
+    [(48, "groups of 48"), (0, "groups of 0"), (None, "groups of None"), ({"5": 32}, "no parameters")],
+)
+def test_group_sizes_the_kernels_cannot_take_are_refused(group_size: Any, complaint: str) -> None:
+    with pytest.raises(FormatError, match=complaint):
+        groups_of({"group_size": group_size, "bits": [4], "bits_prop": [1]}, 256)
 
 
 def test_descriptions_say_what_the_parameters_say_and_differ() -> None:
@@ -123,7 +135,7 @@ def test_options_reach_from_about_two_to_eight_bits() -> None:
     bpw = [exl2.storage_bits(groups_of(o.qparams, 4096), 4096) / 4096**2 for o in OPTIONS]
     assert bpw[0] < 2.15
     assert bpw[-1] > 8
-    steps = [after - before for before, after in zip(bpw, bpw[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(bpw)]
     assert max(steps) < 1.05
     assert {width for o in OPTIONS for width in o.qparams["bits"]} == {2, 3, 4, 5, 6, 8}
     assert {o.qparams["group_size"] for o in OPTIONS} == {32, 64, 128}

@@ -113,6 +113,17 @@ def test_multipliers_are_nearly_the_best_of_all(bits: int, bound: float) -> None
     assert found < bound * least, f"{found / least:.4f} of the least error"
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_very_different_sizes_use_the_range_of_codes(bits: int) -> None:
+    sizes = torch.linspace(1 / 17, 1, 200).square()
+    weights, importance = heavy_tailed(32, 1, 200, seed=40 + bits).clamp(-0.05, 0.05) * sizes, torch.ones(32)
+    multiplier, codes = scales.fit_squared_scales(weights, importance, bits)
+    assert set(range(15)) <= set(codes.flatten().tolist())
+    found = errors_of(weights, codes, multiplier, importance, bits)
+    best = best_codes(weights[:, 0], multiplier[0], importance, bits)
+    assert found.sum() < 1.03 * best.sum(), f"{found.sum() / best.sum():.4f} of the least error"
+
+
 def test_a_given_multiplier_is_taken_over() -> None:
     weights, importance = heavy_tailed(32, 3, 40, seed=5), spread_importance(32, seed=4)
     wanted = torch.tensor([2e-5, 1e-4, 6e-5]).half()

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from exlq.pipeline.config import ConvertConfig
+from tests.conftest import REPOSITORY
 from tests.helpers import make_model
 from tests.pipeline.helpers import convert, settings, write_ids, write_texts
 
+COMMITTED = REPOSITORY / "measurements" / "tiny-llama.json"
 TinyMaker = Callable[[str, bool], Path]
 
 
@@ -75,7 +77,9 @@ def sources_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundled(tiny_llama: Path, sources_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The bundled model at 4 bits per weight, in files of at most 2 MiB."""
-    small = {"rows": 8, "length": 128, "measurement_rows": 8, "measurement_length": 128}
+    changes: dict[str, Any] = {"rows": 8, "length": 128, "measurement_rows": 8, "measurement_length": 128}
+    if COMMITTED.exists():
+        changes |= {"measurement": COMMITTED, "force_measurement": True}
     out = tmp_path_factory.mktemp("bundled") / "out"
-    config = settings(tiny_llama, out, sources_file, bits=4.0, shard_mib=2, **small)
+    config = settings(tiny_llama, out, sources_file, bits=4.0, shard_mib=2, **changes)
     return Finished(config, convert(config))

@@ -22,10 +22,12 @@ SMALL_FLAGS = ["-r", "24", "-l", "64", "-mr", "24", "-ml", "64"]
 SUFFIXES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
 
 
-def write_ids(path: Path, seed: int = 0, n_tokens: int = 16384) -> Path:
-    """Random tokens of the tiny models' tokenizer."""
+def write_ids(path: Path, seed: int = 0, high: int = 260, rare: tuple[int, int] | None = None) -> Path:
+    """16384 random tokens of the tiny models' tokenizer below `high`; `rare` is a place and its token."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(4, 260, (n_tokens // 256, 256), generator=generator)
+    ids = torch.randint(4, high, (64, 256), generator=generator)
+    if rare:
+        ids.view(-1)[rare[0]] = rare[1]
     pq.write_table(pa.table({"input_ids": ids.tolist()}), path)
     return path
 
@@ -111,3 +113,27 @@ class Events:
     @property
     def stages(self) -> set[str]:
         return {stage for stage, _ in self.seen}
+
+
+class Place:
+    """A model, its calibration text, and a directory to work in, made anew for each test."""
+
+    def __init__(self, directory: Path, model: Path, ids: Path) -> None:
+        self.directory = directory
+        self.model = model
+        self.ids = ids
+        self.out = directory / "out"
+
+    def arguments(self, *more: str, **changed: Path) -> list[str]:
+        """A command that works, unless what is changed or added says otherwise; the last flag wins."""
+        model, ids, out = (changed.get(name, getattr(self, name)) for name in ("model", "ids", "out"))
+        where = ["-i", str(model), "-o", str(out), "-c", str(ids)]
+        return ["convert", *where, "-b", "6.0", *SMALL_FLAGS, *more]
+
+    def model_copy(self) -> Path:
+        return copied(self.model, self.directory / "model")
+
+    def without_target(self) -> list[str]:
+        arguments = self.arguments()
+        at = arguments.index("-b")
+        return arguments[:at] + arguments[at + 2 :]

@@ -14,12 +14,10 @@ from exlq.measurement import Measurement
 from exlq.pipeline.allocate import Choice, allocate
 from exlq.pipeline.plan import Plan, make_plan, reachable_bits
 from exlq.types import Option
-from tests.conftest import REPOSITORY
 from tests.helpers import make_model
 from tests.pipeline.conftest import Finished
 from tests.pipeline.helpers import settings, stored_bits
 
-COMMITTED = REPOSITORY / "measurements" / "tiny-llama.json"
 TARGETS = [2.5, 3.0, 3.7, 4.25, 5.0, 6.0, 7.5]
 
 
@@ -30,7 +28,7 @@ def bundled_plan(bundled: Finished) -> Plan:
 
 @pytest.fixture(scope="module")
 def record(bundled: Finished) -> Measurement:
-    return measurement.load(COMMITTED if COMMITTED.exists() else bundled.measurement)
+    return measurement.load(bundled.measurement)
 
 
 def at(plan: Plan, bits: float) -> Plan:

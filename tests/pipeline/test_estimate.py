@@ -1,0 +1,40 @@
+"""What is said before the work starts holds afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from exlq.pipeline.estimate import estimate, gemm_rate, output_bytes
+from exlq.pipeline.plan import make_plan
+from tests.pipeline.conftest import Finished
+from tests.pipeline.helpers import settings, stored_bits
+
+
+def test_the_size_it_announces_is_that_of_the_files(finished: Finished, bundled: Finished) -> None:
+    for done in (finished, bundled):
+        plan = make_plan(done.config)
+        stored = 0
+        for path in done.model.glob("*.safetensors"):
+            stored += sum(t.numel() * t.element_size() for t in load_file(path).values())
+        assert stored == pytest.approx(output_bytes(plan), rel=0.002)
+        assert sum(stored_bits(done.model).values()) / 8 < stored
+
+
+def test_its_estimate_grows_with_the_work(llama: Path, ids_file: Path, tmp_path: Path) -> None:
+    little, much = (
+        estimate(make_plan(settings(llama, tmp_path / "out", ids_file, rows=n, measurement_rows=n)))
+        for n in (16, 128)
+    )
+    assert 0 < little.measuring_s * little.gemm_flops < much.measuring_s * much.gemm_flops
+    assert 0 < little.quantizing_s * little.gemm_flops < much.quantizing_s * much.gemm_flops
+    assert little.total_s == little.measuring_s + little.quantizing_s
+    assert 0 < little.output_bytes == much.output_bytes < little.disk_bytes <= much.disk_bytes
+    assert little.memory_bytes > 0
+
+
+def test_the_product_rate_is_within_reason() -> None:
+    assert 1e8 < gemm_rate(torch.device("cpu")) < 1e14

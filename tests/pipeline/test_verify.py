@@ -1,0 +1,155 @@
+"""What was written is read again: any other byte is found, and so is a model that predicts badly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from exlq.errors import VerifyError
+from exlq.models import Model
+from exlq.pipeline.plan import make_plan
+from exlq.pipeline.verify import digest, judge, verify_files, verify_model
+from exlq.workspace import Workspace
+from tests.models.conftest import opened
+from tests.pipeline.conftest import Finished, TinyMaker
+from tests.pipeline.helpers import SUFFIXES, convert, copied, edit_tensors, settings
+
+KEY = "model.layers.1.self_attn.k_proj"
+STORED = [
+    *(f"{KEY}.{suffix}" for suffix in (*SUFFIXES, "bias")),
+    "lm_head.q_weight",
+    "model.embed_tokens.weight",
+    "model.norm.weight",
+    "model.layers.0.input_layernorm.weight",
+]
+
+
+@pytest.fixture(scope="module")
+def written(tiny: TinyMaker, ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A model with biases at 6 bits per weight."""
+    out = tmp_path_factory.mktemp("written") / "out"
+    config = settings(tiny("qwen2", False), out, ids_file)
+    return Finished(config, convert(config))
+
+
+@pytest.fixture(scope="module")
+def source(written: Finished) -> Model:
+    return opened(written.config.in_dir)
+
+
+@pytest.fixture(scope="module")
+def digests(written: Finished) -> Mapping[str, str]:
+    """As the five tensors read by safetensors alone give them."""
+    linears: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(written.model / "output.safetensors").items():
+        key, _, suffix = name.rpartition(".")
+        if suffix in SUFFIXES:
+            linears.setdefault(key, {})[suffix] = tensor
+    assert len(linears) == 15
+    return {key: digest(tensors) for key, tensors in linears.items()}
+
+
+def flipped(directory: Path, name: str) -> None:
+    """One bit of one tensor's last byte, changed in the file itself; where it lies its header says."""
+    path = directory / "output.safetensors"
+    data = bytearray(path.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    _, stop = json.loads(data[8 : 8 + header])[name]["data_offsets"]
+    data[8 + header + stop - 1] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_was_written_passes(written: Finished, source: Model, digests: Mapping[str, str]) -> None:
+    verify_files(source, written.model, digests)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_one_flipped_bit_is_found_and_its_tensor_named(
+    written: Finished, source: Model, digests: Mapping[str, str], tmp_path: Path, name: str
+) -> None:
+    directory = copied(written.model, tmp_path / "exl2")
+    flipped(directory, name)
+    named = name.rpartition(".")[0] if "model.layers.1" in name or "lm_head" in name else name
+    with pytest.raises(VerifyError, match=named):
+        verify_files(source, directory, digests)
+
+
+@pytest.mark.parametrize("name", [f"{KEY}.q_weight", f"{KEY}.bias", "model.norm.weight"])
+def test_a_tensor_that_is_not_there_is_found(
+    written: Finished, source: Model, digests: Mapping[str, str], tmp_path: Path, name: str
+) -> None:
+    directory = copied(written.model, tmp_path / "exl2")
+    tensors = load_file(directory / "output.safetensors")
+    del tensors[name]
+    save_file(tensors, directory / "output.safetensors")
+    with pytest.raises(VerifyError, match=name.removesuffix(".bias")):
+        verify_files(source, directory, digests)
+
+
+def test_a_file_cut_short_is_found(
+    written: Finished, source: Model, digests: Mapping[str, str], tmp_path: Path
+) -> None:
+    directory = copied(written.model, tmp_path / "exl2")
+    path = directory / "output.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(VerifyError, match="cannot be read back"):
+        verify_files(source, directory, digests)
+
+
+def test_a_digest_depends_on_names_dtypes_shapes_and_bytes_but_not_on_order() -> None:
+    a, b = torch.arange(6, dtype=torch.int16), torch.ones(2)
+    wanted = digest({"a": a, "b": b})
+    assert digest({"b": b, "a": a.clone()}) == wanted
+    others = [
+        {"a": a.view(2, 3), "b": b},
+        {"a": a.view(torch.float16), "b": b},
+        {"c": a, "b": b},
+        {"a": a},
+        {"a": a + 1, "b": b},
+    ]
+    assert wanted not in {digest(other) for other in others}
+    assert digest({"a": a.view(2, 3).T}) == digest({"a": a.view(2, 3).T.contiguous()})
+
+
+def test_logits_that_are_not_finite_are_found(written: Finished, tmp_path: Path) -> None:
+    directory = copied(written.model, tmp_path / "exl2")
+    norm = load_file(directory / "output.safetensors")["model.norm.weight"]
+    norm[3] = float("inf")
+    edit_tensors(directory / "output.safetensors", model__norm__weight=norm)
+    with pytest.raises(VerifyError, match="not finite"):
+        verify_model(make_plan(written.config), directory, Workspace(tmp_path))
+
+
+def test_its_figures_are_of_held_out_rows(written: Finished, tmp_path: Path) -> None:
+    plan = make_plan(written.config)
+    found = verify_model(plan, written.model, Workspace(tmp_path))
+    assert (found.n_chunks, found.context) == (3, 64)
+    assert found.kl_mean == written.summary["result"]["evaluation"]["kl_mean"]
+    assert 0 < found.kl_mean < 0.01
+
+
+@pytest.mark.parametrize(
+    ("bpw", "predicted", "measured", "trusted"),
+    [
+        (4.0, 0.001, 0.0499, True),
+        (4.0, 0.001, 0.0501, False),
+        (3.0, 0.1, 0.499, True),
+        (3.0, 0.1, 0.501, False),
+        (2.99, 0.001, 9.0, True),
+        (6.0, 0.0, 0.051, False),
+    ],
+)
+def test_a_divergence_is_trusted_up_to_a_twentieth_or_five_times_the_predicted(
+    bpw: float, predicted: float, measured: float, trusted: bool
+) -> None:
+    if trusted:
+        judge(bpw, predicted, measured)
+    else:
+        with pytest.raises(VerifyError, match=f"KL divergence {measured:.4f} at {bpw:.2f}"):
+            judge(bpw, predicted, measured)
