@@ -34,7 +34,7 @@ SPACED_MARK = " (spaced)"
 CALIBRATION = Path(__file__).resolve().parent.parent / "calibration"
 
 _BOILERPLATE = re.compile(
-    r"copyright|©|licen[cs]e|warranty|gutenberg|https?://|www\.|@[a-z]+\.|\bnigger|\bwhore|prostitut|porn|suicid|\brape",
+    r"copyright|©|licen[cs]e|warranty|gutenberg|https?://|www\.|@[a-z]+\.|\bnigger|\bwhore|prostitut|porn|suicid|\brape|fuck",
     re.IGNORECASE,
 )
 _ENGLISH = frozenset(

@@ -59,13 +59,13 @@ def _apart(text: str) -> str:
 
 
 def mask_rare(texts: list[str], every: list[str]) -> list[str]:
-    """Spaced texts with `<unk>`, as WikiText has it, for words that come but once in the texts of `every`.
+    """Spaced texts with `<unk>`, as WikiText has it, for words that come fewer than three times in `every`.
 
     Headings keep their words.
     """
     counts = Counter(word for text in every for word in re.findall(r"[^\W\d_]+", text))
-    once = {word for word, count in counts.items() if count == 1}
-    return ["\n".join(_masked(line, once) for line in text.split("\n")) for text in texts]
+    rare = {word for word, count in counts.items() if count < 3}
+    return ["\n".join(_masked(line, rare) for line in text.split("\n")) for text in texts]
 
 
 def _masked(line: str, rare: set[str]) -> str:

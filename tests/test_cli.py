@@ -118,7 +118,7 @@ def test_what_the_system_refuses_is_one_line_too(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "states.bin")
 
-    monkeypatch.setattr("exlq.pipeline.job.sensitivity.fisher", full)
+    monkeypatch.setattr("exlq.pipeline.measured.sensitivity.fisher", full)
     assert main(place.arguments()) == 1
     assert capsys.readouterr().err == "error: states.bin: No space left on device\n"
 

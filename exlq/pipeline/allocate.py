@@ -37,8 +37,9 @@ def allocate(plan: Plan, measurement: Measurement) -> Choice:
     decoder = measurement.only(lambda linear: linear.key in keys, lambda option: option.format == "exl2")
     missing = keys - {linear.key for linear in decoder.linears}
     if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MeasurementError(
-            f"the measurement lacks {min(missing)} and {len(missing) - 1} others of this model"
+            f"the measurement lacks {min(missing)}{others}: it is not of this model, measure again"
         )
     for spec in plan.linears:
         _require_fitting(plan, spec, next(linear for linear in decoder.linears if linear.key == spec.key))

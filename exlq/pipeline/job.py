@@ -7,25 +7,22 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from exlq import __version__, measurement
-from exlq.errors import MeasurementError
 from exlq.evaluate.divergence import Divergence
 from exlq.files import atomic_write_json
 from exlq.measurement import Measurement
-from exlq.pipeline import directory, sensitivity, verify
+from exlq.pipeline import directory, measured, verify
 from exlq.pipeline.allocate import Choice, allocate
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.measure import measure
+from exlq.pipeline.measured import FISHER, MEASUREMENT, PARTIAL, measurement_path
 from exlq.pipeline.memory import PeakMemory
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import Progress
@@ -33,9 +30,6 @@ from exlq.pipeline.write import write_exl2, written_config
 from exlq.workspace import Workspace
 
 SUMMARY = "summary.json"
-MEASUREMENT = "measurement.json"
-PARTIAL = "measurement.partial.json"
-FISHER = "fisher.safetensors"
 
 
 @dataclass
@@ -43,6 +37,7 @@ class Job:
     """The state of a running conversion."""
 
     plan: Plan
+    given: Measurement | None
     work: Path
     progress: Progress
     command: str
@@ -92,8 +87,11 @@ def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
     if config.output_measurement is None:
         directory.require_replaceable(target)
     else:
-        directory.require_parent(_measurement_path(config.output_measurement), config.out_dir)
-    return Job(plan, directory.prepare_work(config.out_dir, config.no_resume), progress, command)
+        directory.require_parent(measurement_path(config.output_measurement), config.out_dir)
+    given = measured.given(plan)
+    if given is not None:
+        allocate(plan, given)
+    return Job(plan, given, directory.prepare_work(config.out_dir, config.no_resume), progress, command)
 
 
 def run(job: Job) -> dict[str, Any] | None:
@@ -109,10 +107,10 @@ def run(job: Job) -> dict[str, Any] | None:
 
 def _run(job: Job) -> dict[str, Any] | None:
     with job.timed("measuring"):
-        record = _measurement(job)
+        record = job.given or measured.measured(job.plan, job.work, machine(), job.progress)
     measurement.save(record, job.config.out_dir / MEASUREMENT)
     if job.config.output_measurement is not None:
-        measurement.save(record, _measurement_path(job.config.output_measurement))
+        measurement.save(record, measurement_path(job.config.output_measurement))
         return None
     with job.timed("allocating"):
         choice = allocate(job.plan, record)
@@ -124,56 +122,6 @@ def _run(job: Job) -> dict[str, Any] | None:
     record = replace(record, extra={**record.extra, "evaluations": results})
     measurement.save(record, job.config.out_dir / MEASUREMENT)
     return _summary(job, choice, divergence)
-
-
-def _measurement(job: Job) -> Measurement:
-    plan, config = job.plan, job.config
-    if config.measurement is not None:
-        return _reused(plan, config.measurement, config.force_measurement)
-    empty = Measurement(**plan.origin, extra={"made_with": machine()})
-    begun = _partial(job.work / PARTIAL, empty)
-    ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]
-    if not begun.linears:
-        (job.work / FISHER).unlink(missing_ok=True)
-    fisher = _kept(
-        job.work / FISHER,
-        lambda: sensitivity.fisher(
-            plan.model, sensitivity.fisher_rows(ids), job.workspace, config.seed, job.progress
-        ),
-    )
-
-    def save(record: Measurement) -> None:
-        measurement.save(record, job.work / PARTIAL)
-
-    return measure(plan, fisher, begun, job.workspace, save, job.progress)
-
-
-def _reused(plan: Plan, path: Path, force: bool) -> Measurement:
-    record = measurement.load(_measurement_path(path))
-    unlike = measurement.differences(record.origin, plan.origin)
-    if unlike and not force:
-        raise MeasurementError(
-            f"{path} was measured otherwise: {'; '.join(unlike)}; measure again, or give --force-measurement"
-        )
-    return record
-
-
-def _partial(path: Path, empty: Measurement) -> Measurement:
-    """An interrupted measurement of the same origin, or the empty one."""
-    try:
-        record = measurement.load(path)
-    except MeasurementError:
-        return empty
-    return empty if measurement.differences(record.origin, empty.origin) else record
-
-
-def _kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Tensors from a file, computed and saved where it is missing."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        save_file(dict(compute()), part)
-        part.replace(path)
-    return dict(load_file(path))
 
 
 def _convert(job: Job, choice: Choice, finished: Path) -> Divergence:
@@ -205,6 +153,7 @@ def _summary(job: Job, choice: Choice, divergence: Divergence) -> dict[str, Any]
             "optimality_gap": choice.allocation.gap,
             "predicted_kl": choice.loss,
             "evaluation": asdict(divergence),
+            "evaluated_on": job.plan.checked_rows()[1],
         },
         "output": {
             "directory": str(job.target),
@@ -237,10 +186,6 @@ def fingerprint(config: ConvertConfig) -> str:
     inputs = [config.calibration, config.measurement, *sorted(config.in_dir.iterdir())]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs if path is not None]
     return hashlib.sha256(json.dumps([__version__, settings, stats], sort_keys=True).encode()).hexdigest()
-
-
-def _measurement_path(path: Path) -> Path:
-    return path / MEASUREMENT if path.is_dir() else path
 
 
 def _target_name(config: ConvertConfig) -> str:

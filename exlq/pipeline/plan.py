@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
 from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
 from exlq.default_calibration import default_calibration
-from exlq.errors import FormatError, ModelError, TargetError
+from exlq.errors import ConfigError, FormatError, ModelError, TargetError
 from exlq.evaluate.run import usable_device
 from exlq.formats import CODECS
 from exlq.formats.codec import Codec
@@ -20,6 +21,8 @@ from exlq.formats.exl2_config import require_known
 from exlq.models import Model, open_model
 from exlq.pipeline.config import MEASURE_TOKENS, QUANTIZE_TOKENS, ConvertConfig
 from exlq.types import LinearSpec
+
+SHARD_HEADER_BYTES = 1024  # of a shard with one tensor, at most
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,21 @@ class Plan:
     def numel(self) -> int:
         return sum(spec.numel for spec in self.linears)
 
-    def checked_rows(self) -> Tensor:
-        """(n, length) int64 rows that no Hessian of either pass has seen, as far as there are any."""
+    def checked_rows(self) -> tuple[Tensor, str]:
+        """(n, length) int64 rows outside the Hessians of both passes, and what they are, in words.
+
+        A text so short that every row held out of the quantization overlaps one measured on leaves
+        only the former to check on; the words then say so.
+        """
         heldout = self.rows.ids[self.rows.heldout]
         starts = self.rows.starts[self.rows.heldout]
         seen = self.measurement_rows.starts[~self.measurement_rows.heldout]
         length, other = self.rows.ids.shape[1], self.measurement_rows.ids.shape[1]
         clash = (starts.unsqueeze(1) < seen + other) & (seen < starts.unsqueeze(1) + length)
         clean = ~clash.any(1)
-        return heldout[clean] if clean.any() else heldout
+        if clean.any():
+            return heldout[clean], "rows held out of both passes"
+        return heldout, "rows held out of the quantization, which overlap text measured on"
 
 
 def make_plan(config: ConvertConfig) -> Plan:
@@ -81,6 +90,7 @@ def make_plan(config: ConvertConfig) -> Plan:
     origin = _origin(config, model, measurement_rows, tokenizer_sha256)
     plan = Plan(config, model, tokenizer, rows, measurement_rows, codec, origin)
     _require_reachable(plan)
+    _require_shards(plan)
     return plan
 
 
@@ -109,6 +119,20 @@ def _require_reachable(plan: Plan) -> None:
     if wanted is not None and not low <= wanted <= high:
         raise TargetError(
             f"-b {wanted}: this model reaches {low:.4f} to {high:.4f} bits per weight; ask for that"
+        )
+
+
+def _require_shards(plan: Plan) -> None:
+    """Refuses shards that cannot hold the largest tensor, linears taken at their fewest bits."""
+    model, shard_bytes = plan.model, plan.config.shard_mib << 20
+    head = plan.codec.storage_bits(model.head, plan.codec.head_option(plan.config.head_bits)) // 8
+    sizes = {name: 2 * torch.Size(model.weights.shape(name)).numel() for name in model.plain_tensors()}
+    sizes |= {model.head.key: head} | {spec.key: _range(plan.codec, spec)[0] // 8 for spec in plan.linears}
+    largest = max(sizes, key=lambda name: sizes[name])
+    if shard_bytes and sizes[largest] + SHARD_HEADER_BYTES > shard_bytes:
+        raise ConfigError(
+            f"-ss {plan.config.shard_mib}: {largest} alone takes {sizes[largest] / (1 << 20):.2f} MiB; "
+            f"give {1 + (sizes[largest] + SHARD_HEADER_BYTES) // (1 << 20)} or more"
         )
 
 

@@ -19,6 +19,7 @@ SWEEP_BYTES = 256 << 20  # working arrays of one sweep
 FEWEST_ROWS = 256  # fewer in one sweep and the multipliers of its groups rest on too little
 SAMPLED_ROWS = 1024  # output rows of a trial
 HELDOUT_ROWS = 256  # of those, on which the held-out error is taken
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -227,10 +228,11 @@ def _trials(
     scale = 1 / total if total > 0 else 0.0
     weighted = own.double() * sample.weights
     rest = sample.weights[::every].double()
-    held_weighted = held.double() * rest
-    ratio = held_weighted.sum(1) / weighted[:, ::every].sum(1).clamp_min(1e-300)
+    ratio = (held.double() * rest).sum(1) / weighted[:, ::every].sum(1).clamp_min(TINY)
+    base = whole[sample.rows[::every]].double()
+    base_ratio = (unrounded.double() * rest).sum() / (base * rest).sum().clamp_min(TINY)
     err = weighted.sum(1) * scale
-    err_heldout = held_weighted.sum(1) / (unrounded.double() * rest).sum().clamp_min(1e-300)
+    err_heldout = err * ratio / base_ratio.clamp_min(TINY)
     loss = (weighted * fisher[sample.rows].double() / 2).sum(1) * ratio
     sampled = len(sample.rows) < len(fisher)
     deviation = _standard_error(weighted) * scale if sampled else torch.zeros_like(err)

@@ -65,7 +65,7 @@ def verify_model(plan: Plan, directory: Path, workspace: Workspace) -> Divergenc
     Raises:
         VerifyError: if a logit is not finite.
     """
-    rows = plan.checked_rows()
+    rows, _ = plan.checked_rows()
     rows = rows[: max(1, CHECK_TOKENS // rows.shape[1])]
     written = open_model(directory, Exl2Weights(directory), device=plan.model.device)
     found = compare(plan.model, written, rows, workspace)

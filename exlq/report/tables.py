@@ -61,7 +61,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             ("KL divergence", f"{found['kl_mean']:.5f} ± {found['kl_se']:.5f} nats per token (base 0)"),
             ("predicted", f"{result['predicted_kl']:.5f}"),
             ("same best token", f"{100 * found['top1_agreement']:.2f} %"),
-            ("measured on", f"{found['n_tokens']:,} held-out tokens of {summary['calibration']['file']}"),
+            (
+                "compared on",
+                f"{found['n_tokens']:,} tokens of {summary['calibration']['file']}, {result['evaluated_on']}",
+            ),
             ("model", output["directory"]),
             ("measurement", output["measurement"]),
             ("peak memory", _size(summary["peak_anonymous_bytes"])),

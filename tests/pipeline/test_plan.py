@@ -50,7 +50,7 @@ def test_what_is_checked_was_in_no_window_a_hessian_saw(
         plan.measurement_rows.ids[~plan.measurement_rows.heldout],
     )
     seen = {place for rows in calibration for row in rows for place in places(stream, row)}
-    checked = plan.checked_rows()
+    checked, _ = plan.checked_rows()
     assert len(checked)
     for row in checked:
         mine = places(stream, row)
@@ -61,7 +61,7 @@ def test_what_is_checked_was_in_no_window_a_hessian_saw(
 def test_equal_settings_give_both_passes_the_same_rows(llama: Path, ids_file: Path, tmp_path: Path) -> None:
     plan = make_plan(settings(llama, tmp_path / "out", ids_file))
     assert torch.equal(plan.rows.ids, plan.measurement_rows.ids)
-    assert torch.equal(plan.checked_rows(), plan.rows.ids[plan.rows.heldout])
+    assert torch.equal(plan.checked_rows()[0], plan.rows.ids[plan.rows.heldout])
 
 
 def test_rows_and_lengths_default_to_what_the_model_takes(

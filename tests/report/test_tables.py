@@ -49,6 +49,7 @@ def summary(**result: Any) -> dict[str, Any]:
             "optimality_gap": 0.00012,
             "predicted_kl": 0.0131,
             "evaluation": vars(FIGURES),
+            "evaluated_on": "rows held out of both passes",
             **result,
         },
         "output": {
@@ -72,7 +73,7 @@ def test_the_summary_shows_what_was_asked_got_and_lost() -> None:
     assert shown["KL divergence"] == "0.01230 ± 0.00070 nats per token (base 0)"
     assert shown["predicted"] == "0.01310"
     assert shown["same best token"] == "94.33 %"
-    assert shown["measured on"] == "12,800 held-out tokens of valid.parquet"
+    assert shown["compared on"] == "12,800 tokens of valid.parquet, rows held out of both passes"
     assert (shown["model"], shown["measurement"]) == ("out/exl2", "out/measurement.json")
     assert "measuring 119 s, quantizing 2 min, verifying 2.0 h" in shown["time"]
 
