@@ -41,7 +41,7 @@ def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> subproc
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder our wheel was installed into; built from a copy, for a build leaves files beside its sources."""
+    """Where our wheel was installed; it is built from a copy, for a build leaves files beside its sources."""
     folder = tmp_path_factory.mktemp("packaging")
     copy, site = folder / "sources", folder / "site"
     for name in ("exlq", "calibration"):

@@ -11,6 +11,8 @@ from exlq.formats import exl2
 from exlq.numerics import scales
 from exlq.types import Group
 
+Member = tuple[int, int, int]  # an option, which of its groups, the group's bits
+
 
 class Exl2Grid:
     """Grids of several options for the same output rows.
@@ -38,15 +40,16 @@ class Exl2Grid:
         self._opening = _by_start(layouts)
 
     def open(self, column: int, current: Tensor) -> None:
-        for (size, bits), members in self._opening.get(column, {}).items():
-            options = [option for option, _ in members]
+        for size, members in self._opening.get(column, {}).items():
+            options = [option for option, _, _ in members]
+            bits = [width for _, _, width in members]
             taken = None if self.leader is None else self.leader._taken(members)
             multiplier, codes = scales.fit_squared_scales(
                 current[:size, options], self.importance[column : column + size], bits, taken
             )
             self._scale[options] = exl2.group_scales(codes, multiplier).float()
-            self._low[options] = -float(1 << (bits - 1))
-            for i, (option, index) in enumerate(members):
+            self._low[options] = torch.tensor([[-(2.0 ** (b - 1))] for b in bits], device=self._low.device)
+            for i, (option, index, _) in enumerate(members):
                 self.multipliers[option][index] = multiplier[i]
                 self.codes[option][index] = codes[i]
 
@@ -54,8 +57,8 @@ class Exl2Grid:
         levels = (weights / self._scale).round_().clamp_(self._low, -1 - self._low)
         return levels.mul_(self._scale).half().float()  # rounded once, as the kernels round the product
 
-    def _taken(self, members: Sequence[tuple[int, int]]) -> Tensor:
-        return torch.stack([self.multipliers[option][index] for option, index in members])
+    def _taken(self, members: Sequence[Member]) -> Tensor:
+        return torch.stack([self.multipliers[option][index] for option, index, _ in members])
 
 
 def levels_of(values: Tensor, codes: Tensor, multiplier: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -67,13 +70,11 @@ def levels_of(values: Tensor, codes: Tensor, multiplier: Tensor, groups: Sequenc
     return levels
 
 
-def _by_start(
-    layouts: Sequence[Sequence[Group]],
-) -> dict[int, dict[tuple[int, int], list[tuple[int, int]]]]:
-    """Column → (size, bits) → the (option, group index) pairs that begin there and are fitted together."""
-    opening: dict[int, dict[tuple[int, int], list[tuple[int, int]]]] = {}
+def _by_start(layouts: Sequence[Sequence[Group]]) -> dict[int, dict[int, list[Member]]]:
+    """Column → size → the groups that begin there and are fitted together."""
+    opening: dict[int, dict[int, list[Member]]] = {}
     for option, groups in enumerate(layouts):
         for index, group in enumerate(groups):
-            alike = opening.setdefault(group.start, {}).setdefault((group.size, group.bits), [])
-            alike.append((option, index))
+            alike = opening.setdefault(group.start, {}).setdefault(group.size, [])
+            alike.append((option, index, group.bits))
     return opening

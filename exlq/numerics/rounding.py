@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from exlq.numerics.hessian import Factor
+from exlq.numerics.threads import one_thread
 
 STEP = 32  # columns rounded between two pushes inside a leaf; group starts are multiples of it
 
@@ -76,7 +77,8 @@ class _Sweep:
         """Rounds columns `start` to `stop`, on which everything before has been pushed."""
         middle = self._cut(start, stop)
         if middle is None:
-            self._leaf(start, stop)
+            with one_thread():
+                self._leaf(start, stop)
             return
         self.run(start, middle)
         self._push(start, middle, stop)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
+COMPILED = find_spec("numba") is not None
 N_PROBES = 7  # scales tried per row before the multiplier is known
 N_MULTIPLIERS = 8
 PROBE_TOP = 1.15  # of the scale that just holds the largest weight
@@ -13,7 +18,7 @@ SMALLEST = 2.0**-24  # the smallest positive float16
 
 
 def fit_squared_scales(
-    weights: Tensor, importance: Tensor, bits: int, multiplier: Tensor | None = None
+    weights: Tensor, importance: Tensor, bits: Sequence[int], multiplier: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scales of the form k² · m, k in 1..16 per row and m a float16 per group, least in weighted error.
 
@@ -24,7 +29,7 @@ def fit_squared_scales(
     Args:
         weights: (size, groups, out) float32.
         importance: (size,) weight of each input channel's squared error.
-        bits: levels go from -2^(bits-1) to 2^(bits-1) - 1.
+        bits: of each group; levels go from -2^(bits-1) to 2^(bits-1) - 1.
         multiplier: (groups,) float16 to take instead of searching.
 
     Returns:
@@ -32,32 +37,36 @@ def fit_squared_scales(
 
     Source: the scales of EXL2, see `exlq.formats.exl2`; why they are weighted: `docs/design.md`.
     """
-    base = weights.abs().amax(0).clamp_min(1e-12) / (2 ** (bits - 1) - 0.5)
-    curve = _ErrorCurve.probe(weights, importance, bits, base)
+    half = torch.tensor([[2.0 ** (b - 1)] for b in bits], device=weights.device)  # (groups, 1)
+    bottom = torch.tensor([[PROBE_BOTTOM[b]] for b in bits], device=weights.device).log()
+    base = weights.abs().amax(0).clamp_min(1e-12) / (half - 0.5)
+    curve = _ErrorCurve.probe(weights, importance, half, base, bottom)
     best = curve.minimum()
     if multiplier is None:
         multiplier = _best_multiplier(curve, best)
     nearest = (best / multiplier.float().unsqueeze(-1)).sqrt().round()
-    root = _best_neighbour(weights, importance, bits, multiplier, nearest)
+    root = _best_neighbour(weights, importance, half, multiplier, nearest)
     return multiplier, (root - 1).to(torch.uint8)
 
 
 class _ErrorCurve:
-    """Weighted error of each row at scales base · exp(bottom + i · step)."""
+    """Weighted error of each row at scales base · exp(bottom + i · step); the last two per group."""
 
-    def __init__(self, base: Tensor, errors: Tensor, bottom: float, step: float) -> None:
+    def __init__(self, base: Tensor, errors: Tensor, bottom: Tensor, step: Tensor) -> None:
         self.base, self.errors, self.bottom, self.step = base, errors, bottom, step
 
     @classmethod
-    def probe(cls, weights: Tensor, importance: Tensor, bits: int, base: Tensor) -> _ErrorCurve:
-        factors = torch.tensor([PROBE_BOTTOM[bits], PROBE_TOP]).log()
-        grid = torch.linspace(float(factors[0]), float(factors[1]), N_PROBES)
-        errors = [_error(weights, base * float(f), importance, bits) for f in grid.exp()]
-        return cls(base, torch.stack(errors), float(grid[0]), float(grid[1] - grid[0]))
+    def probe(
+        cls, weights: Tensor, importance: Tensor, half: Tensor, base: Tensor, bottom: Tensor
+    ) -> _ErrorCurve:
+        step = (math.log(PROBE_TOP) - bottom) / (N_PROBES - 1)
+        steps = torch.arange(N_PROBES, device=base.device).view(-1, 1, 1)
+        scales = base * (bottom + steps * step).exp()
+        return cls(base, errors_at(scales, weights, importance, half), bottom, step)
 
     def minimum(self) -> Tensor:
         """(groups, out) the scale at the lowest point of the parabola through the best three probes."""
-        i = self.errors.argmin(0, keepdim=True).clamp(1, N_PROBES - 2)
+        i = _first_minimum(self.errors).clamp(1, N_PROBES - 2)
         left, middle, right = (self.errors.gather(0, i + d)[0] for d in (-1, 0, 1))
         bend = (left - 2 * middle + right).clamp_min(1e-30)
         offset = ((left - right) / (2 * bend)).clamp(-1, 1)
@@ -82,29 +91,50 @@ def _best_multiplier(curve: _ErrorCurve, best: Tensor) -> Tensor:
     root = (best / step).sqrt()
     below, above = root.floor().clamp(1, 16), root.ceil().clamp(1, 16)
     errors = torch.minimum(curve.at(below.square() * step), curve.at(above.square() * step)).sum(-1)
-    return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+    return candidates.gather(0, _first_minimum(errors))[0]
 
 
 def _best_neighbour(
-    weights: Tensor, importance: Tensor, bits: int, multiplier: Tensor, nearest: Tensor
+    weights: Tensor, importance: Tensor, half: Tensor, multiplier: Tensor, nearest: Tensor
 ) -> Tensor:
     """(groups, out) k among `nearest` and its two neighbours by the exact error of the stored values."""
-    best_error = best_root = None
-    for delta in (0, -1, 1):
-        root = (nearest + delta).clamp(1, 16)
-        scale = (root.square().half() * multiplier.unsqueeze(-1)).float()
-        error = _error(weights, scale, importance, bits)
-        if best_error is None or best_root is None:
-            best_error, best_root = error, root
-        else:
-            best_root = torch.where(error < best_error, root, best_root)
-            best_error = torch.minimum(error, best_error)
-    assert best_root is not None
-    return best_root
+    roots = torch.stack([(nearest + delta).clamp(1, 16) for delta in (0, -1, 1)])
+    scales = (roots.square().half() * multiplier.unsqueeze(-1)).float()
+    errors = errors_at(scales, weights, importance, half)
+    return roots.gather(0, _first_minimum(errors))[0]
 
 
-def _error(weights: Tensor, scale: Tensor, importance: Tensor, bits: int) -> Tensor:
-    """(groups, out) weighted squared error of plain rounding at `scale` (groups, out)."""
-    half = 2 ** (bits - 1)
-    difference = (weights / scale).round_().clamp_(-half, half - 1).mul_(scale).sub_(weights)
-    return torch.einsum("sgo,s->go", difference.square_(), importance)
+def errors_at(scales: Tensor, weights: Tensor, importance: Tensor, half: Tensor) -> Tensor:
+    """Weighted squared errors of plain rounding at several scales.
+
+    Args:
+        scales: (probes, groups, out) float32.
+        weights: (size, groups, out) float32; `importance` (size,).
+        half: (groups, 1), minus the lowest level of each group.
+
+    Returns:
+        (probes, groups, out) float32.
+    """
+    if weights.device.type == "cpu" and COMPILED:
+        from exlq.numerics.compiled import rounding_errors
+
+        errors = torch.empty(scales.shape)
+        arrays = [x.contiguous().numpy() for x in (weights, scales, importance, half.squeeze(-1))]
+        rounding_errors(*arrays, errors.numpy())
+        return errors
+    errors = torch.empty_like(scales)
+    for probe, scale in enumerate(scales):
+        levels = torch.minimum(torch.maximum((weights / scale).round_(), -half), half - 1)
+        errors[probe] = torch.einsum("sgo,s->go", levels.mul_(scale).sub_(weights).square_(), importance)
+    return errors
+
+
+def _first_minimum(errors: Tensor) -> Tensor:
+    """(1, …) int64 index of the least along the first dimension."""
+    if errors.device.type == "cpu" and COMPILED:  # torch's kernel is slow along the first dimension
+        from exlq.numerics.compiled import first_minimum
+
+        found = torch.empty(1, *errors.shape[1:], dtype=torch.int64)
+        first_minimum(errors.flatten(1).contiguous().numpy(), found.view(-1).numpy())
+        return found
+    return errors.argmin(0, keepdim=True)

@@ -16,7 +16,7 @@ from exlq.numerics.rounding import Rounded, sweep
 from exlq.types import LinearSpec, Option
 
 SWEEP_BYTES = 256 << 20  # working arrays of one sweep
-FEWEST_ROWS = 256  # fewer in one sweep and the multipliers of its groups rest on too little
+FEWEST_ROWS = 1024  # fewer in one sweep and the multipliers of its groups rest on too little
 SAMPLED_ROWS = 1024  # output rows of a trial
 HELDOUT_ROWS = 256  # of those, on which the held-out error is taken
 TINY = 1e-300

@@ -56,7 +56,7 @@ def slow_levels(of: Tensor, weight: Tensor, factor: Factor, groups: Sequence[Gro
         nonlocal scale, half
         group = by_start[column]
         shown = current[: group.size].float().unsqueeze(1)
-        multiplier, code = scales.fit_squared_scales(shown, factor.pivots[column : group.stop], group.bits)
+        multiplier, code = scales.fit_squared_scales(shown, factor.pivots[column : group.stop], [group.bits])
         scale, half = ((code[0].int() + 1).square().half() * multiplier).double(), 1 << (group.bits - 1)
         codes.append(code[0])
 

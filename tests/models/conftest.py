@@ -56,7 +56,9 @@ def whole_model(directory: Path) -> Any:
             return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         finally:
             edit_config(directory, architectures=["YiForCausalLM"], model_type="Yi")
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    softcapped = "Gemma2" in (directory / "config.json").read_text(encoding="utf-8")
+    attention = "eager" if softcapped else None  # before 5.23 transformers chose a kernel that caps nothing
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention)
 
 
 def whole_logits(directory: Path, rows: Tensor) -> Tensor:
