@@ -57,6 +57,9 @@ class Exl2Grid:
         levels = (weights / self._scale).round_().clamp_(self._low, -1 - self._low)
         return levels.mul_(self._scale).half().float()  # rounded once, as the kernels round the product
 
+    def float16_steps(self) -> tuple[Tensor, Tensor]:
+        return self._scale, self._low
+
     def _taken(self, members: Sequence[Member]) -> Tensor:
         return torch.stack([self.multipliers[option][index] for option, index, _ in members])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from exlq.numerics.hessian import Factor
+from exlq.numerics.scales import COMPILED
 from exlq.numerics.threads import one_thread
 
 STEP = 32  # columns rounded between two pushes inside a leaf; group starts are multiples of it
@@ -36,6 +37,14 @@ class Grid(Protocol):
 
     def nearest(self, weights: Tensor) -> Tensor:
         """The stored values nearest to `weights`, (options, out), in the column's open groups."""
+        ...
+
+    def float16_steps(self) -> tuple[Tensor, Tensor] | None:
+        """Scales (options, out) and lowest levels (options, 1) of the open groups.
+
+        None unless the values are those of float16(level · scale), for levels from the lowest to
+        minus the lowest less one: then columns may be rounded in one compiled loop.
+        """
         ...
 
 
@@ -98,10 +107,25 @@ class _Sweep:
         for column in range(start, stop, STEP):
             end = min(column + STEP, stop)
             self.grid.open(column, self.values[column:stop])
-            for inner in range(column, end):
-                self._round(column, inner)
+            self._columns(column, end)
             if end < stop:
                 self._push(column, end, stop)
+
+    def _columns(self, start: int, end: int) -> None:
+        """Rounds a few columns one after the other."""
+        steps = self.grid.float16_steps() if self.values.device.type == "cpu" and COMPILED else None
+        if steps is None:
+            for column in range(start, end):
+                self._round(start, column)
+            return
+        from exlq.numerics.compiled import round_columns
+
+        columns = slice(start, end)
+        feedback, pivots = self.factor.feedback[columns, columns], self.factor.pivots[columns]
+        scale, low = steps[0].contiguous(), steps[1].squeeze(-1).contiguous()
+        arrays = (self.values[columns], self.errors[columns], self.weight[columns])
+        rest = (feedback.contiguous(), pivots.contiguous(), scale, low, self.energy)
+        round_columns(*(x.numpy() for x in (*arrays, *rest)))
 
     def _round(self, start: int, column: int) -> None:
         """Rounds one column, after pulling the errors of columns `start` to `column` into it."""

@@ -48,6 +48,9 @@ class SteppedGrid:
         self.column += 1
         return rounded_to(weights, self.steps[self.column])
 
+    def float16_steps(self) -> None:
+        """The steps differ from column to column."""
+
 
 def rounded_to(weights: Tensor, steps: Tensor) -> Tensor:
     return (weights / steps).round().clamp(-4, 3) * steps
