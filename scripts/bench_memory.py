@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from exlq.measurement import Measurement
+from exlq.memory import PeakMemory
 from exlq.pipeline import job, measure, quantize, sensitivity
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.memory import PeakMemory
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.workspace import Workspace
 

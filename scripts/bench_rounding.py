@@ -21,10 +21,10 @@ from torch import Tensor
 
 from exlq.formats.exl2_codec import Exl2Codec
 from exlq.formats.exl2_options import OPTIONS
+from exlq.memory import PeakMemory
 from exlq.numerics import hessian
 from exlq.numerics.hessian import Factor
 from exlq.pipeline import trial
-from exlq.pipeline.memory import PeakMemory
 from exlq.types import LinearSpec, Option
 
 CODEC = Exl2Codec()

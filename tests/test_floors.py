@@ -21,6 +21,7 @@ FLOORS = {
     "errors": 0,
     "types": 0,
     "files": 0,
+    "memory": 0,
     "numerics": 1,
     "allocation": 1,
     "checkpoint": 1,

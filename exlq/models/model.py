@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exlq import memory
 from exlq.models.block import Block
 from exlq.models.calls import Call, record_calls
 from exlq.models.canonical import CanonicalWeights
@@ -127,6 +128,7 @@ class Model:
         finally:
             _drop(module)
             self._open_block = None
+            memory.release()
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What lm_head receives for the last block's output, (…, hidden_size)."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from exlq import __version__, measurement
 from exlq.evaluate.divergence import Divergence
 from exlq.files import atomic_write_json
 from exlq.measurement import Measurement
+from exlq.memory import PeakMemory
+from exlq.numerics.scales import COMPILED
 from exlq.pipeline import directory, measured, verify
 from exlq.pipeline.allocate import Choice, allocate
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.measured import FISHER, MEASUREMENT, PARTIAL, measurement_path
-from exlq.pipeline.memory import PeakMemory
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import Progress
 from exlq.pipeline.write import write_exl2, written_config
@@ -174,6 +176,7 @@ def machine() -> dict[str, Any]:
     return {
         "exlq": __version__,
         "torch": torch.__version__,
+        "numba": version("numba") if COMPILED else None,
         "python": platform.python_version(),
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),

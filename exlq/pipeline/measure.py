@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exlq import memory
 from exlq.formats.codec import Codec
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
 from exlq.models import Model
@@ -49,6 +50,7 @@ def measure(
                 continue
             act_order = all(plan.codec.sorts_channels(linear.spec) for linear in linears)
             evidence = _evidence(hessians.by_stage.pop(stage), f"block {index}, {stage}", act_order)
+            memory.release()
             for linear in wanted:
                 weight = model.linear_weight(linear.spec.key)
                 tried = _record(plan, linear.spec, weight, evidence, fisher, plan.codec.options(linear.spec))

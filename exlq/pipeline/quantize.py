@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from exlq import memory
 from exlq.errors import HessianError
 from exlq.models.block import Block
 from exlq.numerics import hessian
@@ -52,6 +53,7 @@ def _block(
             total.add(x)
         act_order = all(plan.codec.sorts_channels(linear.spec) for linear in linears)
         factor = _factor(total, f"block {index}, {stage}", act_order)
+        memory.release()
         for linear in linears:
             weight = plan.model.linear_weight(linear.spec.key)
             tensors, restored = trial.quantize(

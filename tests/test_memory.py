@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from exlq.pipeline.memory import INTERVAL_S, PeakMemory, anonymous_bytes
+from exlq.memory import INTERVAL_S, PeakMemory, anonymous_bytes
 
 MIB = 1 << 20
 
