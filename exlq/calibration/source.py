@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,15 +68,6 @@ def read_batches(source: Source, batch_rows: int = ROWS_PER_BATCH) -> Iterator[p
     with reading(source.path), pq.ParquetFile(source.path, buffer_size=READ_BUFFER_BYTES) as file:
         for batch in file.iter_batches(batch_size=batch_rows, columns=[source.column]):
             yield batch.column(0)
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes, read a mebibyte at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextmanager

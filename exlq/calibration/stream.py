@@ -18,7 +18,6 @@ from exlq.calibration.pieces import grouped, text_pieces
 from exlq.calibration.source import (
     ROWS_PER_BATCH,
     Source,
-    file_sha256,
     open_source,
     read_batches,
     read_texts,
@@ -26,6 +25,7 @@ from exlq.calibration.source import (
 )
 from exlq.calibration.tokenizer import bos_id, encode, encode_continued
 from exlq.errors import CalibrationError
+from exlq.files import sha256_file
 
 CHARS_PER_CALL = 1 << 20  # what is handed to the tokenizer at once
 
@@ -75,7 +75,7 @@ def read_stream(
     return TokenStream(
         ids=np.concatenate(parts),
         source=source,
-        sha256=file_sha256(path),
+        sha256=sha256_file(path),
         documents=reader.tally["documents"],
         blank=reader.tally["blank"],
         null=reader.tally["null"],

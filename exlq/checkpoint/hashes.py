@@ -7,6 +7,7 @@ from pathlib import Path
 
 from exlq.checkpoint.files import find_weight_files
 from exlq.errors import ModelError
+from exlq.files import sha256_file
 
 _TOKENIZER_FILES = (
     "added_tokens.json",
@@ -19,7 +20,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_READ_BYTES = 1 << 20
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
@@ -28,7 +28,7 @@ def file_hashes(directory: Path) -> dict[str, str]:
     names = {"config.json", *files.names} | ({files.index} if files.index else set())
     if not (directory / "config.json").is_file():
         raise ModelError(f"no config.json in {directory}; wanted a Hugging Face model directory")
-    return {name: _sha256(directory / name) for name in sorted(names)}
+    return {name: sha256_file(directory / name) for name in sorted(names)}
 
 
 def tokenizer_hash(directory: Path) -> str:
@@ -38,13 +38,5 @@ def tokenizer_hash(directory: Path) -> str:
         raise ModelError(f"no tokenizer in {directory}; wanted tokenizer.json or tokenizer.model")
     whole = hashlib.sha256()
     for path in sorted(found, key=lambda path: path.name):
-        whole.update(f"{path.name}\0{_sha256(path)}\n".encode())
+        whole.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return whole.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
