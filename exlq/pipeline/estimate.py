@@ -50,8 +50,8 @@ def estimate(plan: Plan) -> Estimate:
     quantizing = plan.rows.ids.numel() * (forward + hessians) + sweeps + factors
     return Estimate(
         gemm_flops=rate,
-        measuring_s=SLOWDOWN * measuring / rate,
-        quantizing_s=SLOWDOWN * quantizing / rate,
+        measuring_s=0.0 if plan.config.measurement else SLOWDOWN * measuring / rate,
+        quantizing_s=0.0 if plan.config.bits is None else SLOWDOWN * quantizing / rate,
         memory_bytes=_memory(plan),
         disk_bytes=_disk(plan),
         output_bytes=output_bytes(plan),
