@@ -139,7 +139,8 @@ def _convert(job: Job, choice: Choice, finished: Path) -> Divergence:
         job.progress("verifying", 1, 2)
         divergence = verify.verify_model(job.plan, finished, job.workspace)
         job.progress("verifying", 2, 2)
-    verify.judge(choice.bpw, choice.loss, divergence.kl_mean)
+    assert job.config.bits is not None
+    verify.judge(job.config.bits, choice.loss, divergence.kl_mean)
     return divergence
 
 

@@ -91,6 +91,7 @@ def make_plan(config: ConvertConfig) -> Plan:
     plan = Plan(config, model, tokenizer, rows, measurement_rows, codec, origin)
     _require_reachable(plan)
     _require_shards(plan)
+    _require_float16(model)
     return plan
 
 
@@ -134,6 +135,17 @@ def _require_shards(plan: Plan) -> None:
             f"-ss {plan.config.shard_mib}: {largest} alone takes {sizes[largest] / (1 << 20):.2f} MiB; "
             f"give {1 + (sizes[largest] + SHARD_HEADER_BYTES) // (1 << 20)} or more"
         )
+
+
+def _require_float16(model: Model) -> None:
+    """Refuses tensors that EXL2 keeps in float16 and that do not fit into it."""
+    for name in model.plain_tensors():
+        tensor = model.weights.read(name)
+        if not tensor.half().isfinite().all():
+            raise ModelError(
+                f"{name} has values up to {tensor.abs().max().item():.6g}, "
+                "EXL2 keeps it in float16, which ends at 65504"
+            )
 
 
 def _require_exl2(model: Model) -> None:

@@ -77,6 +77,9 @@ def verify_model(plan: Plan, directory: Path, workspace: Workspace) -> Divergenc
 def judge(bpw: float, predicted: float, measured: float) -> None:
     """Refuses a model that is worse than its measurement can explain.
 
+    Args:
+        bpw: what was asked for; what was got is a little less.
+
     Raises:
         VerifyError: from 3 bits per weight, if the KL divergence is above both bounds.
     """

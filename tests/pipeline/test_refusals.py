@@ -40,6 +40,20 @@ def lacking(place: Place, name: str) -> list[str]:
     return place.arguments(model=path.parent)
 
 
+def too_large(place: Place, name: str) -> list[str]:
+    path = place.model_copy() / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[3] = 1e5
+    save_file(tensors, path, metadata={"format": "pt"})
+    return place.arguments(model=path.parent)
+
+
+def large_embedding(place: Place, *more: str) -> list[str]:
+    """A model whose embedding takes more than a mebibyte in float16."""
+    large = make_model("llama", place.directory / "large", tied=True, vocab_size=9000)
+    return place.arguments(*more, model=large)
+
+
 def without_file(place: Place, *names: str) -> list[str]:
     model = place.model_copy()
     for name in names:
@@ -99,6 +113,14 @@ REFUSED: Mapping[str, tuple[Callable[[Place], list[str]], tuple[str, ...]]] = {
     "a tensor that is missing": (
         lambda p: lacking(p, "model.layers.1.mlp.up_proj.weight"),
         ("model.layers.1.mlp.up_proj.weight",),
+    ),
+    "a tensor that float16 cannot hold": (
+        lambda p: too_large(p, "model.norm.weight"),
+        ("model.norm.weight", "65504"),
+    ),
+    "shards that cannot hold the embedding": (
+        lambda p: large_embedding(p, "-ss", "1"),
+        ("-ss 1", "model.embed_tokens.weight", "give 2 or more"),
     ),
     "tensors of another shape": (lambda p: edited(p, intermediate_size=128), ("gate_proj", "128", "96")),
     "no weights": (lambda p: without_file(p, "model.safetensors"), ("no weights", "safetensors")),
