@@ -19,6 +19,7 @@ SWEEP_BYTES = 256 << 20  # working arrays of one sweep
 FEWEST_ROWS = 1024  # fewer in one sweep and the multipliers of its groups rest on too little
 SAMPLED_ROWS = 1024  # output rows of a trial
 HELDOUT_ROWS = 256  # of those, on which the held-out error is taken
+ROWS_LOOKED_AT = 1024  # at once, for their largest weights
 TINY = 1e-300
 
 
@@ -132,7 +133,7 @@ def sweeps(
     leader = None
     for rows in parts(weight, factor.perm, len(options)):
         rows = rows.to(factor.perm.device)
-        turned = weight[rows.to(weight.device)].to(factor.pivots).T[factor.perm].contiguous()
+        turned = weight[rows.to(weight.device)].to(factor.pivots).T.contiguous()[factor.perm]
         grid = codec.grid(spec, options, factor, len(rows), leader)
         rounded = sweep(turned, factor, grid, len(options))
         leader = leader or grid
@@ -160,8 +161,12 @@ def parts(weight: Tensor, perm: Tensor, n_options: int) -> list[Tensor]:
 def _reaching_rows(weight: Tensor, perm: Tensor, most: int) -> Tensor:
     """The row with the largest weight in every run of 32 channels of `perm`, or more: at most `most` rows."""
     run = 32 * max(1, -(-len(perm) // (32 * most)))
-    runs = torch.split(perm.to(weight.device), run)
-    return torch.tensor(sorted({int(weight[:, channels].abs().amax(1).argmax()) for channels in runs}))
+    order = torch.nn.functional.pad(perm.cpu(), (0, -len(perm) % run), value=int(perm[-1]))
+    reach = [
+        rows.cpu()[:, order].abs().view(len(rows), -1, run).amax(2)  # (rows, runs)
+        for rows in torch.split(weight, ROWS_LOOKED_AT)
+    ]
+    return torch.tensor(sorted(set(torch.cat(reach).argmax(0).tolist())))
 
 
 def _without(rows: Tensor, dropped: Tensor) -> Tensor:

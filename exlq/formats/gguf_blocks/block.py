@@ -64,7 +64,7 @@ class BlockType:
     type_size: int  # bytes of a block
     levels: Integers
     parts: tuple[Part, ...]  # in the order of their bytes
-    sub_block: int = 0  # weights that share a sub-scale; 0 where there are none
+    sub_block: int = 0  # weights that share a sub-scale, 0 where there are none
     scales: Integers | None = None
     mins: Integers | None = None
     table: tuple[int, ...] | None = None  # what a level stands for, where it is not its own value
@@ -74,8 +74,14 @@ class BlockType:
 
     @property
     def halves(self) -> tuple[str, ...]:
-        """The fields stored as one float16 in each block."""
+        """Names of the fields stored as one float16 in each block."""
         return tuple(part.name for part in self.parts if part.name not in (LEVELS, SUB))
+
+    @property
+    def integers(self) -> dict[str, Integers]:
+        """The ranges of the integer fields, by name."""
+        ranges = {"levels": self.levels, "scales": self.scales, "mins": self.mins}
+        return {name: kind for name, kind in ranges.items() if kind is not None}
 
     def pack(self, fields: Fields) -> Tensor:
         """Blocks that hold `fields`.
@@ -84,22 +90,17 @@ class BlockType:
             (rows, row_bytes) uint8.
 
         Raises:
-            FormatError: if rows are no whole blocks, a field is absent, not this type's or of a wrong shape,
-                an integer is out of its range, or a float16 is not finite.
+            FormatError: if rows are no whole blocks, a field is absent, not this type's or of a wrong shape
+                or dtype, an integer is out of its range, or a float16 is not finite.
         """
-        n_blocks = self._blocks_of(fields)
-        vectors = {LEVELS: self._codes("levels", fields.levels, self.levels, n_blocks)}
-        sub = [
-            self._codes(name, tensor, kind, n_blocks)
-            for name, tensor, kind in (
-                ("scales", fields.scales, self.scales),
-                ("mins", fields.mins, self.mins),
-            )
-            if tensor is not None and kind is not None
-        ]
-        if sub:
-            vectors[SUB] = torch.cat(sub, dim=-1)
-        vectors |= {name: self._finite(name, getattr(fields, name)) for name in self.halves}
+        given = self._given(fields)
+        n_blocks = self._n_blocks(fields.levels.shape[-1])
+        shape = (*fields.levels.shape[:-1], n_blocks)
+        vectors = {name: self._finite(name, self._shaped(name, given[name], shape)) for name in self.halves}
+        codes = {name: self._codes(name, given[name], shape) for name in self.integers}
+        vectors[LEVELS] = codes.pop("levels")
+        if codes:
+            vectors[SUB] = torch.cat([codes[name] for name in codes], dim=-1)
         return torch.cat([part.write(vectors) for part in self.parts], dim=-1).flatten(-2)
 
     def fields(self, blocks: Tensor) -> Fields:
@@ -109,31 +110,101 @@ class BlockType:
             FormatError: if `blocks` is not uint8 with rows of whole blocks, or a float16 is not finite.
         """
         vectors = self._vectors(blocks)
-        halves = {name: self._finite(name, vectors[name]) for name in self.halves}
-        sub = (
-            dict(zip(("scales", "mins"), vectors[SUB].chunk(2 if self.mins else 1, -1), strict=False))
-            if (self.scales)
-            else {}
-        )
-        kinds = {"scales": self.scales, "mins": self.mins}
-        signed = {name: _signed(codes, kinds[name]) for name, codes in sub.items()}
-        return Fields(levels=_signed(vectors[LEVELS], self.levels), **halves, **signed)
+        found = {name: self._finite(name, vectors[name]) for name in self.halves}
+        codes = {"levels": vectors[LEVELS]}
+        if self.sub_block:
+            names = [name for name in self.integers if name != "levels"]
+            codes |= zip(names, vectors[SUB].chunk(len(names), dim=-1), strict=True)
+        for name, kind in self.integers.items():
+            found[name] = (codes[name] - kind.bias).contiguous().view(torch.int8).flatten(-2)
+        return Fields(**found)
 
     def values(self, fields: Fields) -> Tensor:
         """(rows, in_features) float32 that `fields` stand for, in ggml's order of float32 operations."""
-        step = fields.d.float().unsqueeze(-1)  # (rows, blocks, 1)
-        if fields.scales is not None:
-            step = self._per_block(fields.scales).float() * step  # (rows, blocks, subs)
-        n_steps = step.shape[-1]
-        levels = self._meaning(fields.levels).unflatten(-1, (-1, n_steps, self.block_size // n_steps))
-        values = step.unsqueeze(-1) * levels  # (rows, blocks, subs, weights)
-        if fields.dmin is not None and fields.mins is not None:
-            low = fields.dmin.float().unsqueeze(-1) * self._per_block(fields.mins).float()
-            values = values - low.unsqueeze(-1)
+        sub_block = self.sub_block or self.block_size
+        levels = torch.unflatten(self._meaning(fields.levels), -1, (-1, sub_block))  # (rows, subs, weights)
+        values = self._product(fields.d, fields.scales) * levels
+        if fields.dmin is not None:
+            values = values - self._product(fields.dmin, fields.mins)
         if fields.offset is not None:
-            values = values + fields.offset.float()[..., None, None]
-        return values.flatten(-3)
+            values = values + self._product(fields.offset, None)
+        return values.flatten(-2)
 
     def unpack(self, blocks: Tensor) -> Tensor:
         """(rows, in_features) float32 from (rows, row_bytes) uint8; raises as `fields` does."""
         return self.values(self.fields(blocks))
+
+    def _product(self, half: Tensor, integers: Tensor | None) -> Tensor:
+        """A float16 times the integers of its block, in float32: (rows, subs, 1)."""
+        wide = half.float().unsqueeze(-1)  # (rows, blocks, 1)
+        if integers is not None:
+            wide = wide * torch.unflatten(integers, -1, (half.shape[-1], -1)).float()
+        return wide.flatten(-2).unsqueeze(-1)
+
+    def _meaning(self, levels: Tensor) -> Tensor:
+        if self.table is None:
+            return levels.float()
+        return torch.tensor(self.table, dtype=torch.float32, device=levels.device)[levels.long()]
+
+    def _vectors(self, blocks: Tensor) -> dict[str, Tensor]:
+        if blocks.dtype != torch.uint8:
+            raise FormatError(f"{self.name} blocks are {blocks.dtype}, want torch.uint8; view them as bytes")
+        if blocks.shape[-1] % self.type_size:
+            raise FormatError(
+                f"{self.name} blocks are {self.type_size} bytes each, found rows of {blocks.shape[-1]}; "
+                "read them as the type they were stored in"
+            )
+        whole = torch.unflatten(blocks, -1, (-1, self.type_size))  # (rows, blocks, type_size)
+        stored = whole.split_with_sizes([part.size for part in self.parts], dim=-1)
+        vectors: dict[str, Tensor] = {}
+        for part, own in zip(self.parts, stored, strict=True):
+            read = part.read(own)
+            vectors[part.name] = vectors[part.name] | read if part.name in vectors else read
+        return vectors
+
+    def _n_blocks(self, in_features: int) -> int:
+        if in_features % self.block_size:
+            raise FormatError(
+                f"{self.name} stores whole blocks of {self.block_size} weights, found rows of {in_features}; "
+                "choose a type whose block divides them"
+            )
+        return in_features // self.block_size
+
+    def _given(self, fields: Fields) -> dict[str, Tensor]:
+        given = {name: tensor for name, tensor in vars(fields).items() if tensor is not None}
+        wanted = {*self.halves, *self.integers}
+        if given.keys() != wanted:
+            raise FormatError(f"{self.name} stores {sorted(wanted)}, found {sorted(given)}; give just those")
+        return given
+
+    def _shaped(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) != shape:
+            raise FormatError(f"{self.name} needs {name} of shape {shape}, found {tuple(tensor.shape)}")
+        return tensor
+
+    def _finite(self, name: str, half: Tensor) -> Tensor:
+        if half.dtype != torch.float16:
+            raise FormatError(
+                f"{self.name} stores {name} as torch.float16, found {half.dtype}; round it first"
+            )
+        if not half.isfinite().all():
+            bad = (~half.isfinite()).sum()
+            raise FormatError(f"{bad} of {half.numel()} {self.name} blocks have a {name} that is not finite")
+        return half
+
+    def _codes(self, name: str, integers: Tensor, blocks: tuple[int, ...]) -> Tensor:
+        """(rows, blocks, n) uint8, as stored."""
+        kind = self.integers[name]
+        per_block = self.block_size // (1 if name == "levels" else self.sub_block)
+        self._shaped(name, integers, (*blocks[:-1], blocks[-1] * per_block))
+        if integers.is_floating_point():
+            raise FormatError(
+                f"{self.name} stores {name} as integers, found {integers.dtype}; round them first"
+            )
+        wrong = integers[(integers < kind.low) | (integers > kind.high)]
+        if len(wrong):
+            raise FormatError(
+                f"{self.name} stores {name} from {kind.low} to {kind.high}, found {wrong[0]}; clamp first"
+            )
+        codes = (integers.to(torch.int16) + kind.bias).to(torch.uint8)
+        return torch.unflatten(codes, -1, (-1, per_block))

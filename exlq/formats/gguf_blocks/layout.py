@@ -73,11 +73,11 @@ class Plane:
 
     def write(self, vectors: Mapping[str, Tensor]) -> Tensor:
         codes = (vectors[self.name] >> self.lowest) & self._mask
-        codes = codes.unflatten(-1, (-1, 8 // self.bits, self.width))  # (..., runs, p, width)
+        codes = torch.unflatten(codes, -1, (-1, 8 // self.bits, self.width))  # (..., runs, p, width)
         return (codes << self._shifts(codes)).sum(-2, dtype=torch.uint8).flatten(-2)
 
     def read(self, stored: Tensor) -> Tensor:
-        runs = stored.unflatten(-1, (-1, 1, self.width))  # (..., runs, 1, width)
+        runs = torch.unflatten(stored, -1, (-1, 1, self.width))  # (..., runs, 1, width)
         codes = (runs >> self._shifts(stored)) & self._mask  # (..., runs, p, width)
         return codes.flatten(-3) << self.lowest
 
@@ -102,12 +102,12 @@ class SixBitPairs:
     size: int = 12
 
     def write(self, vectors: Mapping[str, Tensor]) -> Tensor:
-        s, s_late, m, m_late = vectors[self.name].split(4, dim=-1)
+        s, s_late, m, m_late = vectors[self.name].chunk(4, dim=-1)
         tops = [s | (s_late >> 4) << 6, m | (m_late >> 4) << 6]
         return torch.cat([*tops, (s_late & 15) | (m_late & 15) << 4], dim=-1)
 
     def read(self, stored: Tensor) -> Tensor:
-        s, m, late = stored.split(4, dim=-1)
+        s, m, late = stored.chunk(3, dim=-1)
         s_late = (s >> 6) << 4 | late & 15
         m_late = (m >> 6) << 4 | late >> 4
         return torch.cat([s & 63, s_late, m & 63, m_late], dim=-1)
