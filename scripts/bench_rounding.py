@@ -24,6 +24,7 @@ from exlq.formats.exl2_options import OPTIONS
 from exlq.memory import PeakMemory
 from exlq.numerics import hessian
 from exlq.numerics.hessian import Factor
+from exlq.numerics.threads import in_parallel
 from exlq.pipeline import trial
 from exlq.types import LinearSpec, Option
 
@@ -70,9 +71,11 @@ def compare(size: int, options: Sequence[Option], repeat: int) -> int:
 def attempt(spec: LinearSpec, options: Sequence[Option], weight: Tensor, covariance: Tensor) -> None:
     """Factor, and round all rows by the options, as a measurement does."""
     factor = hessian.factor(covariance)
-    for batch in trial.option_batches(options, spec.in_features):
-        for _ in trial.sweeps(CODEC, spec, batch, weight, factor):
-            pass
+
+    def sweep(batch: Sequence[Option]) -> int:
+        return sum(1 for _ in trial.sweeps(CODEC, spec, batch, weight, factor))
+
+    in_parallel(sweep, list(trial.option_batches(options, spec.in_features)), weight.device)
 
 
 def pair(
@@ -92,12 +95,15 @@ def one_by_one(spec: LinearSpec, options: Sequence[Option], weight: Tensor, cova
 
 def search(spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor) -> None:
     """The scale searches of all groups of all options, on the unrounded weights."""
-    for batch in trial.option_batches(options, spec.in_features):
+
+    def open_groups(batch: Sequence[Option]) -> None:
         for rows in trial.parts(weight, factor.perm, len(batch)):
             grid = CODEC.grid(spec, batch, factor, len(rows), None)
             current = weight[rows].T[factor.perm].contiguous().unsqueeze(1).expand(-1, len(batch), -1)
             for column in range(0, spec.in_features, 32):
                 grid.open(column, current[column:])
+
+    in_parallel(open_groups, list(trial.option_batches(options, spec.in_features)), weight.device)
 
 
 def made_linear(size: int) -> tuple[Tensor, Tensor]:

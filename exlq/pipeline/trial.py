@@ -13,10 +13,11 @@ from exlq.errors import VerifyError
 from exlq.formats.codec import Codec
 from exlq.numerics.hessian import Factor, energies
 from exlq.numerics.rounding import Rounded, sweep
+from exlq.numerics.threads import in_parallel
 from exlq.types import LinearSpec, Option
 
 SWEEP_BYTES = 256 << 20  # working arrays of one sweep
-FEWEST_ROWS = 1024  # fewer in one sweep and the multipliers of its groups rest on too little
+FEWEST_ROWS = 2048  # fewer in one sweep and the multipliers of its groups rest on too little
 SAMPLED_ROWS = 1024  # output rows of a trial
 HELDOUT_ROWS = 256  # of those, on which the held-out error is taken
 ROWS_LOOKED_AT = 1024  # at once, for their largest weights
@@ -92,11 +93,12 @@ def try_options(
     sample = RowSample.draw(whole * fisher, SAMPLED_ROWS, generator)
     picked = weight[sample.rows.to(weight.device)]
     every = max(1, len(picked) // HELDOUT_ROWS)
-    own, held = [], []
-    for batch in option_batches(options, weight.shape[1]):
-        calibration, heldout = _energies(codec, spec, batch, picked, evidence, every)
-        own.append(calibration)
-        held.append(heldout)
+
+    def tried(batch: Sequence[Option]) -> tuple[Tensor, Tensor]:
+        return _energies(codec, spec, batch, picked, evidence, every)
+
+    batches = list(option_batches(options, weight.shape[1]))
+    own, held = zip(*in_parallel(tried, batches, weight.device), strict=True)
     unrounded = energies(picked[::every].T[evidence.factor.perm], evidence.heldout).cpu()
     return _trials(torch.cat(own).cpu(), torch.cat(held).cpu(), unrounded, sample, every, whole, fisher)
 

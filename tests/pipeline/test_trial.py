@@ -239,3 +239,16 @@ def test_tensors_that_do_not_give_the_weights_back_are_refused(monkeypatch: pyte
     monkeypatch.setattr(Exl2Codec, "unpack", lambda *args: unpack(*args) + 1e-6)
     with pytest.raises(VerifyError, match="up_proj: the packed tensors do not give back"):
         problem.restored(SOME[0])
+
+
+def test_two_threads_measure_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "SWEEP_BYTES", 2 * 256 * 96 * 8)
+    monkeypatch.setattr(trial, "FEWEST_ROWS", 256)
+    problem = Problem.make(96, 256, seed=9)
+    alone = problem.tried(OPTIONS[::4])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert problem.tried(OPTIONS[::4]) == alone
+    finally:
+        torch.set_num_threads(before)
