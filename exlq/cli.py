@@ -187,8 +187,8 @@ def _eval(parsed: argparse.Namespace) -> None:
         console.print(tables.evaluation_table(str(parsed.model), found, parsed.cal_dataset))
 
 
-def _progress(stage: str, done: int, total: int, detail: str = "") -> None:
-    console.print(f"{stage} {done}/{total} {detail}".rstrip(), highlight=False)
+def _progress(stage: str, done: int, total: int) -> None:
+    console.print(f"{stage} {done}/{total}", highlight=False)
 
 
 COMMANDS: dict[

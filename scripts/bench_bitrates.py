@@ -66,7 +66,7 @@ def figures(arguments: argparse.Namespace, bits: float, scratch: Path) -> dict[s
     return {**found, "bpw": result["bpw"], "bytes": size, "predicted": result["predicted_kl"]}
 
 
-def told(stage: str, done: int, total: int, detail: str = "") -> None:
+def told(stage: str, done: int, total: int) -> None:
     """One line per finished stage, on stderr."""
     if done == total:
         print(f"{stage} done", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ from exlq.memory import PeakMemory
 from exlq.pipeline import job, measure, quantize, sensitivity
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan, make_plan
+from exlq.pipeline.progress import silent
 from exlq.workspace import Workspace
 
 HIDDEN, INNER, BLOCKS, HEADS, KEY_HEADS, VOCABULARY = 2048, 5632, 22, 32, 4, 32000
@@ -67,7 +68,7 @@ def run(plan: Plan, blocks: int, workspace: Workspace) -> int:
     peaks: list[int] = []
     with timed("gradients, all blocks, 1024 tokens") as watched:
         rows = plan.measurement_rows.ids[:2, :512]
-        fisher = sensitivity.fisher(plan.model, rows, workspace, 0, print_nothing)
+        fisher = sensitivity.fisher(plan.model, rows, workspace, 0, silent)
     peaks.append(watched.memory.bytes)
     stop = StopAfter(blocks)
     with timed(f"measuring {blocks} blocks") as watched:
@@ -159,13 +160,9 @@ class StopAfter:
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
 
-    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int) -> None:
         if done >= self.blocks:
             raise Enough
-
-
-def print_nothing(stage: str, done: int, total: int, detail: str = "") -> None:
-    """A listener for passes that run to their end."""
 
 
 def run_until_enough(work: object) -> None:

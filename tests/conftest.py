@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers import make_model
+
+TinyMaker = Callable[[str, bool], Path]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
@@ -27,3 +32,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the reference material beside the repository is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMaker:
+    """(family, tied) → the directory of a tiny model, not to be changed."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def make(family: str, tied: bool) -> Path:
+        if (family, tied) not in made:
+            made[family, tied] = make_model(family, tmp_path_factory.mktemp(family), tied=tied)
+        return made[family, tied]
+
+    return make

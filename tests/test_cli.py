@@ -102,7 +102,7 @@ def test_work_that_fails_ends_with_1_and_one_line(
 def test_an_interruption_ends_with_130_and_no_traceback(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(stage: str, done: int, total: int, detail: str = "") -> None:
+    def interrupted(stage: str, done: int, total: int) -> None:
         if (stage, done) == ("measuring", 1):
             raise KeyboardInterrupt
 

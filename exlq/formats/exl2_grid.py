@@ -29,7 +29,7 @@ class Exl2Grid:
         rows: int,
         leader: Exl2Grid | None = None,
     ) -> None:
-        self.layouts, self.importance, self.leader = layouts, importance, leader
+        self.importance, self.leader = importance, leader
         device = importance.device
         starts = [{group.start for group in groups} for groups in layouts]
         self.edges: Sequence[int] = sorted(set.intersection(*starts) - {0})

@@ -43,7 +43,8 @@ def measure(
     record, known = begun, {linear.key for linear in begun.linears}
     steps = model.n_blocks + 1
     for index in range(model.n_blocks):
-        hessians = _forward(model, index, states, rows.heldout, rows.ids)
+        measured = all(linear.spec.key in known for linear in model.linears(index))
+        hessians = _forward(model, index, states, rows.heldout, rows.ids, not measured)
         for stage, linears in passes.linears_by_stage(model, index).items():
             wanted = [linear for linear in linears if linear.spec.key not in known]
             if not wanted:
@@ -64,12 +65,15 @@ def measure(
     return record
 
 
-def _forward(model: Model, index: int, states: Tensor, heldout: Tensor, ids: Tensor) -> BlockHessians:
-    """Runs a block on all rows, in place, and gathers the Hessians of its inputs."""
+def _forward(
+    model: Model, index: int, states: Tensor, heldout: Tensor, ids: Tensor, gather: bool
+) -> BlockHessians:
+    """Runs a block on all rows, in place; gathers the Hessians of its inputs, where these are wanted."""
     hessians = BlockHessians(model.device)
     with model.block(index) as block:
         for rows in passes.batches(ids):
-            out = block.forward(states[rows].float(), hessians.listener(heldout[rows]))
+            listener = hessians.listener(heldout[rows]) if gather else None
+            out = block.forward(states[rows].float(), listener)
             states[rows] = out.to("cpu", states.dtype)
     return hessians
 

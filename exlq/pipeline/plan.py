@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
 from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
@@ -31,7 +30,6 @@ class Plan:
 
     config: ConvertConfig
     model: Model
-    tokenizer: PreTrainedTokenizerBase
     rows: TokenRows
     measurement_rows: TokenRows
     codec: Codec[Any]
@@ -88,7 +86,7 @@ def make_plan(config: ConvertConfig) -> Plan:
     measurement_rows = cut(config.measurement_rows, lengths[1], MEASURE_TOKENS)
     _require_vocabulary(model, rows, measurement_rows)
     origin = _origin(config, model, measurement_rows, tokenizer_sha256)
-    plan = Plan(config, model, tokenizer, rows, measurement_rows, codec, origin)
+    plan = Plan(config, model, rows, measurement_rows, codec, origin)
     _require_reachable(plan)
     _require_shards(plan)
     _require_float16(model)

@@ -1,5 +1,5 @@
 """Tiny models and tokens, as the pipeline's tests have them."""
 
-from tests.pipeline.conftest import finished, ids_file, llama, sources_file, tiny
+from tests.pipeline.conftest import finished, ids_file, llama, sources_file
 
-__all__ = ["finished", "ids_file", "llama", "sources_file", "tiny"]
+__all__ = ["finished", "ids_file", "llama", "sources_file"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from exlq.checkpoint import open_checkpoint
 from exlq.models import FAMILIES, Model, open_model
-from tests.helpers import edit_config, make_model
+from tests.helpers import edit_config
 
 CPU = torch.device("cpu")
 LENGTH = 24  # three windows of the tiny models
@@ -24,19 +24,6 @@ CASES = [
     if tied or family not in ("gemma", "gemma2", "gemma3")
 ]
 TinyMaker = Callable[[str, bool], Path]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMaker:
-    """(family, tied) → the directory of a tiny model."""
-    made: dict[tuple[str, bool], Path] = {}
-
-    def make(family: str, tied: bool) -> Path:
-        if (family, tied) not in made:
-            made[family, tied] = make_model(family, tmp_path_factory.mktemp(family), tied=tied)
-        return made[family, tied]
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import pytest
 
 from exlq.pipeline.config import ConvertConfig
 from tests.conftest import REPOSITORY
-from tests.helpers import make_model
 from tests.pipeline.helpers import convert, settings, write_ids, write_texts
 
 COMMITTED = REPOSITORY / "measurements" / "tiny-llama.json"
@@ -35,19 +34,6 @@ class Finished:
     @property
     def measurement(self) -> Path:
         return self.config.out_dir / "measurement.json"
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyMaker:
-    """(family, tied) → the directory of a tiny model, not to be changed."""
-    made: dict[tuple[str, bool], Path] = {}
-
-    def make(family: str, tied: bool) -> Path:
-        if (family, tied) not in made:
-            made[family, tied] = make_model(family, tmp_path_factory.mktemp(family), tied=tied)
-        return made[family, tied]
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class Events:
         self.seen: list[tuple[str, int]] = []
         self._stop_at = stop_at
 
-    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int) -> None:
         self.seen.append((stage, done))
         if (stage, done) == self._stop_at:
             raise KeyboardInterrupt
