@@ -51,6 +51,19 @@ class Option:
 
 
 @dataclass(frozen=True)
+class GgufFamily:
+    """What llama.cpp calls a model family, and where its file differs from the checkpoint.
+
+    `rotates_pairs`: its rotary embedding turns neighbouring channels, so the rows of q and k are put
+    in that order; `norm_shift` is added to the weights of all norms.
+    """
+
+    architecture: str
+    rotates_pairs: bool = False
+    norm_shift: float = 0.0
+
+
+@dataclass(frozen=True)
 class Allocation:
     """One option per linear.
 

@@ -44,7 +44,7 @@ NEIGHBOURS = {
     ("cli", "report"),
     ("__main__", "cli"),
 }
-HEAVY = {"transformers", "pyarrow", "matplotlib", "rich", "exllamav2", "llama_cpp"}
+HEAVY = {"transformers", "pyarrow", "matplotlib", "rich", "exllamav2", "xllamacpp"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from exlq.types import GgufFamily
+
 ATTENTION = (
     "self_attn"  # the child of a block that returns its output and its scores, the MLP only its output
 )
@@ -61,15 +63,17 @@ class Family:
 
     `architectures` are the names in config.json, `model_type` the class of transformers that runs
     them, `other_model_types` what else config.json may call it. `exl2_architecture` is the name
-    under which ExLlamaV2 0.3.2 loads it, None where it has none. In true sequence, the last stage
-    of a container (`self_attn`, `mlp`) holds the one linear whose output is the container's.
-    `stored_names` maps names inside a block to those older checkpoints use.
+    under which ExLlamaV2 0.3.2 loads it, `gguf` what llama.cpp knows of it; None where there is
+    none. In true sequence, the last stage of a container (`self_attn`, `mlp`) holds the one linear
+    whose output is the container's. `stored_names` maps names inside a block to those older
+    checkpoints use.
     """
 
     name: str
     architectures: tuple[str, ...]
     model_type: str
     exl2_architecture: str | None
+    gguf: GgufFamily | None
     stages: tuple[Stage, ...] = DENSE_STAGES
     attention: str = "sdpa"
     other_model_types: tuple[str, ...] = ()

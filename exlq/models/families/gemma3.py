@@ -4,5 +4,12 @@ ExLlamaV2 0.3.2 knows only the multimodal class by name and would run this one a
 """
 
 from exlq.models.family import Family
+from exlq.types import GgufFamily
 
-GEMMA3 = Family("gemma3", ("Gemma3ForCausalLM",), "gemma3_text", exl2_architecture=None)
+GEMMA3 = Family(
+    "gemma3",
+    ("Gemma3ForCausalLM",),
+    "gemma3_text",
+    exl2_architecture=None,
+    gguf=GgufFamily("gemma3", norm_shift=1.0),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from exlq.models.family import Family, Part, Stage
+from exlq.types import GgufFamily
 
 
 def _head_rows(config: Any, start_heads: int, heads: int) -> slice:
@@ -38,6 +39,7 @@ PHI3 = Family(
     ("Phi3ForCausalLM",),
     "phi3",
     exl2_architecture="Phi3ForCausalLM",
+    gguf=GgufFamily("phi3"),
     stages=(
         Stage(
             "attn_in",

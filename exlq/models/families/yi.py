@@ -5,12 +5,14 @@ the architecture to write.
 """
 
 from exlq.models.family import Family
+from exlq.types import GgufFamily
 
 YI = Family(
     "yi",
     ("YiForCausalLM",),
     "llama",
     exl2_architecture="LlamaForCausalLM",
+    gguf=GgufFamily("llama", rotates_pairs=True),
     other_model_types=("Yi", "yi"),
     stored_names={"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
 )

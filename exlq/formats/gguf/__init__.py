@@ -1,0 +1,1 @@
+"""GGUF files: container, metadata, tokenizer, tensor names, recipes and importance matrices."""
