@@ -1,7 +1,7 @@
 """Perplexity and KL divergence by bits per weight, as a table for the README.
 
 Usage: python scripts/bench_bitrates.py MODEL [-c CALIBRATION.parquet] [-e EVALUATION.parquet]
-           [--bits 2.5 3.0 4.0 5.0 6.0] [--chunks N] [--threads N]
+           [--format exl2] [--bits 2.5 3.0 4.0 5.0 6.0] [--chunks N] [--threads N]
 
 The model is measured once and quantized for every target. Without -e the figures are those of the
 conversion itself: the held-out rows of the calibration text.
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from exlq.evaluate.run import evaluate
+from exlq.formats import CODECS
 from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig
 
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("-c", "--calibration", type=Path)
     parser.add_argument("-e", "--evaluation", type=Path)
+    parser.add_argument("--format", choices=list(CODECS), default="exl2")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.0, 5.0, 6.0])
     parser.add_argument("--chunks", type=int)
     parser.add_argument("--threads", type=int, default=1)
@@ -51,18 +53,20 @@ def figures(arguments: argparse.Namespace, bits: float, scratch: Path) -> dict[s
         out_dir=out,
         calibration=arguments.calibration,
         bits=bits,
+        formats=(arguments.format,),
+        measure=(arguments.format,),
         measurement=measured if measured.exists() else None,
     )
     summary = job.run(job.begin(config, told, " ".join(sys.argv)))
     assert summary is not None
     (out / "measurement.json").replace(measured)
-    result: dict[str, Any] = summary["result"]
+    result: dict[str, Any] = summary["outputs"][arguments.format]
     found: Mapping[str, Any] = result["evaluation"]
     if arguments.evaluation is not None:
         (work := out / "evaluation").mkdir()
         text, chunks = arguments.evaluation, arguments.chunks
-        found = asdict(evaluate(out / "exl2", arguments.model, text, work, max_chunks=chunks))
-    size = summary["output"]["bytes"]
+        found = asdict(evaluate(Path(result["paths"][0]), arguments.model, text, work, max_chunks=chunks))
+    size = result["bytes"]
     return {**found, "bpw": result["bpw"], "bytes": size, "predicted": result["predicted_kl"]}
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from exlq.formats.exl2_codec import Exl2Codec
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
 from exlq.pipeline import job, measure, quantize, sensitivity
@@ -28,6 +29,7 @@ from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import silent
 from exlq.workspace import Workspace
 
+CODEC = Exl2Codec()
 HIDDEN, INNER, BLOCKS, HEADS, KEY_HEADS, VOCABULARY = 2048, 5632, 22, 32, 4, 32000
 BOUND_BYTES = 2_500_000_000
 
@@ -75,10 +77,10 @@ def run(plan: Plan, blocks: int, workspace: Workspace) -> int:
         empty = Measurement(**plan.origin, extra={"made_with": job.machine()})
         run_until_enough(lambda: measure.measure(plan, fisher, empty, workspace, lambda _: None, stop))
     peaks.append(watched.memory.bytes)
-    options = {spec.key: plan.codec.options(spec)[13] for spec in plan.linears}
-    options[plan.model.head.key] = plan.codec.head_option(6)
+    options = {spec.key: CODEC.options(spec)[13] for spec in plan.linears}
+    options[plan.model.head.key] = CODEC.head_option(plan.model.head, 6)
     with timed(f"quantizing {blocks} blocks") as watched:
-        passes = quantize.quantized_linears(plan, options, workspace, StopAfter(blocks))
+        passes = quantize.quantized_linears(plan, CODEC, options, workspace, StopAfter(blocks))
         run_until_enough(lambda: [spec for spec, _ in passes])
     peaks.append(watched.memory.bytes)
     return max(peaks)

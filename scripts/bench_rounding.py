@@ -98,8 +98,9 @@ def search(spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: 
 
     def open_groups(batch: Sequence[Option]) -> None:
         for rows in trial.parts(weight, factor.perm, len(batch)):
-            grid = CODEC.grid(spec, batch, factor, len(rows), None)
-            current = weight[rows].T[factor.perm].contiguous().unsqueeze(1).expand(-1, len(batch), -1)
+            turned = weight[rows].T[factor.perm].contiguous()
+            grid = CODEC.grid(spec, batch, factor, turned, None)
+            current = turned.unsqueeze(1).expand(-1, len(batch), -1)
             for column in range(0, spec.in_features, 32):
                 grid.open(column, current[column:])
 

@@ -1,4 +1,7 @@
-"""Freezes what the committed measurement solves to, after a new one: python -m tests.freeze_allocations"""
+"""Freezes what the committed measurement solves to, after a new one: python -m tests.freeze_allocations
+
+Only its EXL2 options are solved over.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ TARGETS = (2.5, 3.0, 4.0, 5.0, 6.0)
 def solved(target: float) -> dict[str, Any]:
     """The decoder's allocation at `target` bits per weight, as it is frozen."""
     record = measurement.load(MEASUREMENT)
-    decoder = record.only(lambda linear: linear.key.startswith("model.layers."), lambda _: True)
+    decoder = record.only(
+        lambda linear: linear.key.startswith("model.layers."), lambda option: option.format == "exl2"
+    )
     numel = sum(linear.numel for linear in decoder.linears)
     found = solve(to_items(decoder), int(target * numel))
     chosen = {linear.key: linear.options[found.choice[linear.key]].desc for linear in decoder.linears}

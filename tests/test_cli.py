@@ -53,7 +53,8 @@ def test_a_command_that_works_prints_its_plan_and_its_result(
     ):
         assert part in shown.out
     assert "measuring 3/3" in shown.out
-    result = json.loads((place.out / "summary.json").read_text(encoding="utf-8"))["result"]
+    summary = json.loads((place.out / "summary.json").read_text(encoding="utf-8"))
+    result = summary["outputs"]["exl2"]
     assert f"{result['bpw']:.4f} (asked 6)" in shown.out
     assert f"{result['evaluation']['kl_mean']:.5f}" in shown.out
     assert shown.out.index("Plan") < shown.out.index("gradients 1/4") < shown.out.index("Result")
@@ -64,7 +65,7 @@ def test_the_same_command_again_prints_the_summary_and_reads_nothing(
 ) -> None:
     shutil.copytree(done, place.out)
     summary = json.loads((place.out / "summary.json").read_text(encoding="utf-8"))
-    summary["output"]["directory"] = str(place.out / "exl2")
+    summary["outputs"]["exl2"]["paths"] = [str(place.out / "exl2")]
     (place.out / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     before = contents(place.out)
     monkeypatch.setattr(Model, "block", block_is_read)
@@ -72,7 +73,7 @@ def test_the_same_command_again_prints_the_summary_and_reads_nothing(
     shown = capsys.readouterr()
     assert "finished" in shown.out
     assert "-nr" in shown.out
-    assert f"{summary['result']['bpw']:.4f}" in shown.out
+    assert f"{summary['outputs']['exl2']['bpw']:.4f}" in shown.out
     assert contents(place.out) == before
     with pytest.raises(AssertionError, match="block 0 was read"):
         main(place.arguments("-nr"))
@@ -106,7 +107,7 @@ def test_an_interruption_ends_with_130_and_no_traceback(
         if (stage, done) == ("measuring", 1):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_progress", interrupted)
+    monkeypatch.setattr(cli.convert, "show_progress", interrupted)
     assert main(place.arguments()) == 130
     assert capsys.readouterr().err.startswith("error: interrupted")
     assert (place.out / "work" / "measurement.partial.json").exists()

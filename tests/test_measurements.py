@@ -37,11 +37,12 @@ def test_the_committed_measurement_is_of_the_bundled_model_and_text(tiny_llama: 
     assert record.calibration["sha256"] == sha256_file(default_calibration())
 
 
-def test_at_least_twelve_options_of_a_linear_are_on_its_front_of_size_and_error() -> None:
+def test_at_least_twelve_exl2_options_of_a_linear_are_on_its_front_of_size_and_error() -> None:
     for linear in measurement.load(MEASUREMENT).linears:
         if not linear.key.startswith("model.layers."):
             continue
-        ordered = sorted(linear.options, key=lambda option: (option.total_bits, option.err_heldout))
+        options = [option for option in linear.options if option.format == "exl2"]
+        ordered = sorted(options, key=lambda option: (option.total_bits, option.err_heldout))
         front = [
             option
             for i, option in enumerate(ordered)

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from exlq import __version__
 from exlq.cli import main
 from tests.conftest import REPOSITORY
+from tests.helpers import make_model
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 USED_BY_TRANSFORMERS = {"jinja2"}  # chat templates
@@ -90,20 +91,23 @@ def imported(folder: Path) -> set[str]:
     return {canonicalize_name(name) for name in names - sys.stdlib_module_names - {"exlq"}}
 
 
-def test_the_installed_wheel_converts_from_another_directory(
-    site: Path, tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_the_installed_wheel_converts_from_another_directory(site: Path, tmp_path: Path) -> None:
     where = run((sys.executable, "-c", "import exlq; print(exlq.__file__)"), tmp_path, PYTHONPATH=str(site))
     assert Path(where.stdout.strip()) == site / "exlq" / "__init__.py"
+    model = make_model("llama", tmp_path / "model", tied=False)
     small = ("-r", "8", "-mr", "8", "-l", "64", "-ml", "64", "--threads", "1")
-    convert = (sys.executable, "-m", "exlq", "convert", "-i", tiny_llama, "-o", "out", "-b", "4", *small)
+    convert = (sys.executable, "-m", "exlq", "convert", "-i", model, "-o", "out", "-b", "5", *small)
     done = run(convert, tmp_path, PYTHONPATH=str(site))
 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert summary["calibration"]["file"] == "default.parquet"
-    assert 3.99 < summary["result"]["bpw"] <= 4
-    assert f"{summary['result']['bpw']:.4f}" in done.stdout
+    assert summary["outputs"].keys() == {"exl2", "gguf"}
+    for made in summary["outputs"].values():
+        assert 4.9 < made["bpw"] <= 5
+        assert f"{made['bpw']:.4f}" in done.stdout
     assert (tmp_path / "out" / "exl2" / "output.safetensors").is_file()
+    (file,) = (tmp_path / "out" / "gguf").glob("*.gguf")
+    assert file.name.endswith("-5.00bpw.gguf")
 
 
 def test_the_program_and_the_module_state_the_version() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from exlq import __doc__ as summary_of_exlq
 from exlq import __version__
-from exlq.cli import convert, evaluate
+from exlq.cli import convert, evaluate, imatrix, quantize
 from exlq.cli.shared import errors
 from exlq.errors import ConfigError, ExlqError, InputError
 
@@ -67,4 +67,6 @@ def _quiet_libraries() -> None:
 COMMANDS: Mapping[str, ModuleType] = {
     "convert": convert,
     "eval": evaluate,
+    "imatrix": imatrix,
+    "quantize": quantize,
 }

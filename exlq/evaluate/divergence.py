@@ -1,18 +1,19 @@
-"""How far one model's predictions are from another's, both run block by block in float32."""
+"""How far one model's predictions are from another's, whatever runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from exlq.evaluate.predictor import Blockwise, Logits, Predictor
 from exlq.models import Model
 from exlq.numerics.precision import widest
 from exlq.workspace import Workspace
 
-TOKENS_AT_ONCE = 2048  # through a block
 POSITIONS_AT_ONCE = 256  # whose logits are held at once
 NOISE_CHUNKS = 2  # run twice to learn the noise of the arithmetic itself
 
@@ -22,7 +23,7 @@ class Divergence:
     """Figures over all scored tokens; KL divergence of the base's predictions from the other's, in nats.
 
     `kl_se` is the standard error of the mean over chunks, over tokens where there is but one chunk;
-    `noise_floor` the mean KL of the base from itself with its rows run in other batches: what
+    `noise_floor` the mean KL of the base from itself with its tokens run in other batches: what
     arithmetic alone brings forth.
     """
 
@@ -40,60 +41,53 @@ class Divergence:
 
 
 def compare(base: Model, other: Model, chunks: Tensor, workspace: Workspace) -> Divergence:
-    """Runs both models on the same chunks, as llama-perplexity does: each alone, its second half scored.
+    """Runs two models in torch on the same chunks, as `against` says.
 
     Args:
         chunks: (n_chunks, context) int64.
         workspace: holds both models' hidden states meanwhile.
     """
-    noise = _noise(base, chunks[:NOISE_CHUNKS], workspace)
-    states = [
-        final_states(model, chunks, workspace, name) for name, model in (("base", base), ("other", other))
-    ]
-    scores = _Scores.of([_score(base, other, *pair) for pair in _scored(states, chunks)])
-    workspace.remove("base")
-    workspace.remove("other")
-    return scores.summary(chunks, noise)
+    with against(Blockwise(base, workspace, "base"), chunks) as compared:
+        return compared(Blockwise(other, workspace, "other"))
 
 
-def final_states(
-    model: Model, rows: Tensor, workspace: Workspace, name: str, at_once: int | None = None
-) -> Tensor:
-    """(n_rows, length, hidden_size) float32 hidden states after the last block, before the norm."""
-    states = workspace.tensor(name, (*rows.shape, model.hidden_size))
-    size = at_once or max(1, TOKENS_AT_ONCE // rows.shape[1])
-    batches = [slice(start, start + size) for start in range(0, len(rows), size)]
-    for batch in batches:
-        states[batch] = model.embed(rows[batch]).cpu()
-    for index in range(model.n_blocks):
-        with model.block(index) as block:
-            for batch in batches:
-                states[batch] = block.forward(states[batch]).cpu()
-    return states
+@contextmanager
+def against(base: Predictor, chunks: Tensor) -> Iterator[Callable[[Predictor], Divergence]]:
+    """A function that compares models with `base`, which stays loaded until the end of the `with`.
+
+    Chunks are taken as llama-perplexity takes them: each alone, its second half scored.
+
+    Args:
+        chunks: (n_chunks, context) int64.
+    """
+    noise = _noise(base, chunks[:NOISE_CHUNKS])
+    with base.run(chunks) as base_logits:
+
+        def compared(other: Predictor) -> Divergence:
+            with other.run(chunks) as logits:
+                scores = [_score(base_logits, logits, chunk, row) for chunk, row in enumerate(chunks)]
+            return _Scores.of(scores).summary(chunks, noise)
+
+        yield compared
 
 
-def _scored(states: list[Tensor], chunks: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chunk by chunk: both models' states at the scored positions, and the tokens that follow them."""
-    first = chunks.shape[1] // 2
-    for base, other, chunk in zip(*states, chunks, strict=True):
-        yield base[first:-1], other[first:-1], chunk[first + 1 :]
+def _cuts(context: int) -> Iterator[slice]:
+    """The scored positions, from the middle to the last that has a next token, in parts."""
+    for start in range(context // 2, context - 1, POSITIONS_AT_ONCE):
+        yield slice(start, min(start + POSITIONS_AT_ONCE, context - 1))
 
 
-def _score(base: Model, other: Model, base_states: Tensor, other_states: Tensor, targets: Tensor) -> Tensor:
+def _score(base: Logits, other: Logits, chunk: int, row: Tensor) -> Tensor:
     """(4, positions): base's and other's negative log likelihood, KL divergence, whether the best agree."""
     parts = [
-        _score_part(base, other, base_states[cut], other_states[cut], targets[cut])
-        for start in range(0, len(targets), POSITIONS_AT_ONCE)
-        for cut in [slice(start, start + POSITIONS_AT_ONCE)]
+        _score_part(base(chunk, cut), other(chunk, cut), row[cut.start + 1 : cut.stop + 1])
+        for cut in _cuts(len(row))
     ]
     return torch.cat(parts, dim=1)
 
 
-def _score_part(
-    base: Model, other: Model, base_states: Tensor, other_states: Tensor, targets: Tensor
-) -> Tensor:
-    log_p = base.logits(base.final_norm(base_states)).log_softmax(-1)
-    log_q = other.logits(other.final_norm(other_states)).log_softmax(-1)
+def _score_part(base: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+    log_p, log_q = base.log_softmax(-1), other.to(base.device).log_softmax(-1)
     index = targets.to(log_p.device).unsqueeze(-1)
     nll = [-x.gather(-1, index).squeeze(-1) for x in (log_p, log_q)]
     same = log_p.argmax(-1) == log_q.argmax(-1)
@@ -105,19 +99,16 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.sum(log_p.exp() * (log_p - log_q), -1, dtype=widest(log_p.device))
 
 
-def _noise(base: Model, chunks: Tensor, workspace: Workspace) -> float:
-    """Mean KL of the base from itself, rows batched otherwise and probabilities taken in float64."""
-    alone = final_states(base, chunks, workspace, "noise-alone", at_once=1)
-    together = final_states(base, chunks, workspace, "noise-together", at_once=len(chunks))
+def _noise(base: Predictor, chunks: Tensor) -> float:
+    """Mean KL of the base from itself, tokens batched otherwise and probabilities taken in float64."""
     divergences = []
-    for one, other, _ in _scored([alone, together], chunks):
-        log_p = base.logits(base.final_norm(one)).log_softmax(-1)
-        divergences.append(
-            _kl(log_p, base.logits(base.final_norm(other)).to(widest(log_p.device)).log_softmax(-1)).mean()
-        )
-    workspace.remove("noise-alone")
-    workspace.remove("noise-together")
-    return abs(float(torch.stack(divergences).mean()))
+    with base.run(chunks) as usual, base.run(chunks, otherwise=True) as otherwise:
+        for chunk in range(len(chunks)):
+            for cut in _cuts(chunks.shape[1]):
+                log_p = usual(chunk, cut).log_softmax(-1)
+                log_q = otherwise(chunk, cut).to(widest(log_p.device)).log_softmax(-1)
+                divergences.append(_kl(log_p, log_q).cpu())
+    return abs(float(torch.cat(divergences).mean()))
 
 
 @dataclass(frozen=True)

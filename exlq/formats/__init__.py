@@ -1,5 +1,10 @@
 """Output formats, by name."""
 
-from exlq.formats.exl2_codec import Exl2Codec
+from collections.abc import Mapping
+from typing import Any
 
-CODECS = {"exl2": Exl2Codec()}
+from exlq.formats.codec import Codec
+from exlq.formats.exl2_codec import Exl2Codec
+from exlq.formats.gguf_codec import GgufCodec
+
+CODECS: Mapping[str, Codec[Any]] = {"exl2": Exl2Codec(), "gguf": GgufCodec()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from exlq.numerics.hessian import Factor
-from exlq.numerics.rounding import Grid
+from exlq.numerics.rounding import Grid, Rounded
 from exlq.types import LinearSpec, Option
 
 G = TypeVar("G", bound=Grid)
+Role = Literal["linear", "head", "tied head", "embedding"]
 
 
 class Codec(Protocol[G]):
@@ -22,16 +23,17 @@ class Codec(Protocol[G]):
     """
 
     name: str
+    ties: bool  # whether linears that share one tensor in the checkpoint do so in the file
 
     def options(self, spec: LinearSpec) -> tuple[Option, ...]:
         """What the matrix may be stored as, fewest bits first; FormatError if nothing fits its shape."""
         ...
 
-    def head_options(self, spec: LinearSpec) -> tuple[Option, ...]:
-        """What lm_head may be stored as, fewest bits first."""
+    def measured(self, spec: LinearSpec, role: Role) -> tuple[Option, ...]:
+        """What a matrix of that role may be stored as; empty where the format does not quantize such."""
         ...
 
-    def head_option(self, head_bits: int) -> Option:
+    def head_option(self, spec: LinearSpec, head_bits: int) -> Option:
         """The way a head of nominally so many bits is stored."""
         ...
 
@@ -44,17 +46,31 @@ class Codec(Protocol[G]):
         ...
 
     def grid(
-        self, spec: LinearSpec, options: Sequence[Option], factor: Factor, rows: int, leader: G | None
+        self, spec: LinearSpec, options: Sequence[Option], factor: Factor, weight: Tensor, leader: G | None
     ) -> G:
-        """A grid for `rows` output rows of the matrix, each option in turn.
+        """A grid for some output rows of the matrix, for each option in turn.
 
-        `leader` is the finished grid of other rows of the same matrix and options: what belongs to
-        all rows is taken from it.
+        Args:
+            weight: (in_features, rows) float32 in processing order: what is about to be rounded.
+            leader: the finished grid of other rows of the same matrix and options: what belongs to all
+                rows is taken from it.
         """
         ...
 
+    def refined(
+        self,
+        spec: LinearSpec,
+        options: Sequence[Option],
+        grid: G,
+        factor: Factor,
+        weight: Tensor,
+        rounded: Rounded,
+    ) -> tuple[G, Rounded]:
+        """What a sweep of `weight` left, improved as the format's scales allow; as it is, if not at all."""
+        ...
+
     def levels(self, spec: LinearSpec, option: Option, grid: G, values: Tensor) -> Tensor:
-        """(in_features, rows) uint8 levels of `values`, (in_features, rows), left by a one-option sweep."""
+        """(in_features, rows) levels of `values`, (in_features, rows), left by a one-option sweep."""
         ...
 
     def pack(
@@ -68,12 +84,12 @@ class Codec(Protocol[G]):
         """The stored tensors of one matrix.
 
         Args:
-            levels: (in_features, out_features) uint8, from `levels`, in processing order.
+            levels: (in_features, out_features), from `levels`, in processing order.
             parts: the output rows, (n,) int64, and the finished one-option grid of each part swept.
             perm: (in_features,) input channel of each position in processing order.
         """
         ...
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, option: Option) -> Tensor:
         """(out_features, in_features) float32 as a reader of the format computes it."""
         ...

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from exlq.errors import FormatError
 from exlq.formats import exl2
+from exlq.formats.codec import Role
 from exlq.formats.exl2_grid import Exl2Grid, levels_of
 from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS, groups_of
 from exlq.numerics.hessian import Factor
+from exlq.numerics.rounding import Rounded
 from exlq.types import LinearSpec, Option
 
 
@@ -19,6 +21,7 @@ class Exl2Codec:
     """Mixed widths inside a matrix, its input channels sorted by importance."""
 
     name = "exl2"
+    ties = False
 
     def options(self, spec: LinearSpec) -> tuple[Option, ...]:
         if spec.in_features % 32:
@@ -29,11 +32,12 @@ class Exl2Codec:
             raise FormatError(f"{spec.key} has {spec.in_features} input features, EXL2 can address 65535")
         return OPTIONS
 
-    def head_options(self, spec: LinearSpec) -> tuple[Option, ...]:
-        self.options(spec)
-        return tuple(HEAD_OPTIONS.values())
+    def measured(self, spec: LinearSpec, role: Role) -> tuple[Option, ...]:
+        options = self.options(spec)  # refuses shapes
+        heads = tuple(HEAD_OPTIONS.values())
+        return {"linear": options, "head": heads, "tied head": heads, "embedding": ()}[role]
 
-    def head_option(self, head_bits: int) -> Option:
+    def head_option(self, spec: LinearSpec, head_bits: int) -> Option:
         """The way a head of nominally so many bits is stored."""
         return HEAD_OPTIONS[head_bits]
 
@@ -45,10 +49,26 @@ class Exl2Codec:
         return not (spec.bias and spec.key.endswith("mlp.down_proj"))
 
     def grid(
-        self, spec: LinearSpec, options: Sequence[Option], factor: Factor, rows: int, leader: Exl2Grid | None
+        self,
+        spec: LinearSpec,
+        options: Sequence[Option],
+        factor: Factor,
+        weight: Tensor,
+        leader: Exl2Grid | None,
     ) -> Exl2Grid:
         layouts = [groups_of(option.qparams, spec.in_features) for option in options]
-        return Exl2Grid(layouts, factor.pivots, rows, leader)
+        return Exl2Grid(layouts, factor.pivots, weight.shape[1], leader)
+
+    def refined(
+        self,
+        spec: LinearSpec,
+        options: Sequence[Option],
+        grid: Exl2Grid,
+        factor: Factor,
+        weight: Tensor,
+        rounded: Rounded,
+    ) -> tuple[Exl2Grid, Rounded]:
+        return grid, rounded
 
     def levels(self, spec: LinearSpec, option: Option, grid: Exl2Grid, values: Tensor) -> Tensor:
         groups = groups_of(option.qparams, spec.in_features)
@@ -70,5 +90,5 @@ class Exl2Codec:
         packed = exl2.pack_linear(levels, codes, q_scale_max, groups, perm)
         return {name: tensor.cpu() for name, tensor in packed.items()}
 
-    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> Tensor:
+    def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, option: Option) -> Tensor:
         return exl2.dequantize_linear(tensors)[: spec.out_features].float()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from exlq.formats import exl2
 from exlq.numerics import scales
+from exlq.numerics.rounding import Kernel
 from exlq.types import Group
 
 Member = tuple[int, int, int]  # an option, which of its groups, the group's bits
@@ -53,12 +55,15 @@ class Exl2Grid:
                 self.multipliers[option][index] = multiplier[i]
                 self.codes[option][index] = codes[i]
 
-    def nearest(self, weights: Tensor) -> Tensor:
+    def nearest(self, column: int, weights: Tensor) -> Tensor:
         levels = (weights / self._scale).round_().clamp_(self._low, -1 - self._low)
         return levels.mul_(self._scale).half().float()  # rounded once, as the kernels round the product
 
-    def float16_steps(self) -> tuple[Tensor, Tensor]:
-        return self._scale, self._low
+    def kernel(self, start: int, end: int) -> Kernel:
+        from exlq.numerics.compiled import round_columns
+
+        scale, low = self._scale.contiguous(), self._low.squeeze(-1).contiguous()
+        return partial(round_columns, scale.numpy(), low.numpy())
 
     def _taken(self, members: Sequence[Member]) -> Tensor:
         return torch.stack([self.multipliers[option][index] for option, index, _ in members])

@@ -73,6 +73,10 @@ class Model:
         return EMBEDDING_KEY
 
     @property
+    def embedding(self) -> LinearSpec:
+        return LinearSpec(EMBEDDING_KEY, self.hidden_size, self.vocab_size)
+
+    @property
     def head(self) -> LinearSpec:
         return LinearSpec(HEAD_KEY, self.hidden_size, self.vocab_size)
 
@@ -96,13 +100,15 @@ class Model:
         names = self.weights.keys()
         return tuple(name for name in names if name.rpartition(".")[0] not in linears)
 
-    def embed(self, rows: Tensor) -> Tensor:
+    def embed(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """What the first block receives, (n, length, hidden_size) float32, for (n, length) int64 tokens.
 
-        Only the rows of the embedding matrix that occur are read.
+        Only the rows of the embedding matrix that occur are read; `weight`, (vocab, hidden_size), takes
+        the place of the stored one.
         """
         unique, renumbered = torch.unique(rows.to("cpu"), return_inverse=True)
-        matrix = self.weights.read(f"{EMBEDDING_KEY}.weight", unique).to(self.device, torch.float32)
+        stored = self.weights.read(f"{EMBEDDING_KEY}.weight", unique) if weight is None else weight[unique]
+        matrix = stored.to(self.device, torch.float32)
         embedding = self._skeleton.model.embed_tokens
         kept = embedding.weight
         embedding.weight = nn.Parameter(matrix, requires_grad=False)

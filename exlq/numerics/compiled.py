@@ -52,22 +52,22 @@ def _first_minimum(values: Floats, out: NDArray[np.int64]) -> None:
 
 
 def _round_columns(
+    scale: Floats,
+    low: Floats,
     values: Floats,
     errors: Floats,
     weights: Floats,
     feedback: Floats,
     pivots: Floats,
-    scale: Floats,
-    low: Floats,
     energy: Floats,
 ) -> None:
     """A few columns of the rounding sweep, one after the other, on grids fp16(level · scale).
 
     Args:
+        scale: (options, out); low: (options,), the lowest levels.
         values: (columns, options, out) weights to be rounded, and then their values; `errors` alike.
         weights: (columns, out) as they were before the sweep.
-        feedback: (columns, columns), of which the part above the diagonal is used.
-        pivots: (columns,); scale: (options, out); low: (options,), the lowest levels.
+        feedback: (columns, columns), of which the part above the diagonal is used; pivots: (columns,).
         energy: (options, out), added to.
     """
     columns, options, out = values.shape
@@ -102,15 +102,15 @@ def _round_columns(
                     held[row] = value[row]
 
 
-def _compile(function: Any) -> Any:
+def compiled(function: Any, **changes: Any) -> Any:
     """The function as machine code, kept in a cache where one can be written."""
-    settings: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nnan"}}
+    settings: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "nnan"}} | changes
     try:
         return njit(function, cache=True, **settings)
     except RuntimeError:  # numba finds no directory for the cache
         return njit(function, **settings)
 
 
-round_columns = _compile(_round_columns)
-rounding_errors = _compile(_rounding_errors)
-first_minimum = _compile(_first_minimum)
+round_columns = compiled(_round_columns)
+rounding_errors = compiled(_rounding_errors)
+first_minimum = compiled(_first_minimum)

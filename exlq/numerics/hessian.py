@@ -62,6 +62,22 @@ class Factor(NamedTuple):
     feedback: Tensor  # (in_features, in_features) float32, M
     pivots: Tensor  # (in_features,) float32, diagonal of D
     ridge: float  # what was added to the diagonal
+    hessian: Tensor | None = None  # H itself, in the model's order; None where errors are not handed on
+
+    def without_feedback(self) -> Factor:
+        """The factor of H's diagonal alone: every weight is rounded by itself."""
+        return self._replace(feedback=torch.zeros_like(self.feedback), pivots=self.diagonal(), hessian=None)
+
+    def diagonal(self) -> Tensor:
+        """(in_features,) the diagonal of H + ridge·I, in processing order."""
+        return self.pivots + self.feedback.square() @ self.pivots
+
+    def energies(self, vectors: Tensor) -> Tensor:
+        """vᵀHv of every column of `vectors`, (in_features, ...) in processing order."""
+        flat = vectors.reshape(len(vectors), -1)
+        passed = (flat + self.feedback.T @ flat).square_()  # of (I + M)ᵀ v
+        found = self.pivots @ passed - self.ridge * flat.square().sum(0)
+        return found.clamp_min_(0).reshape(vectors.shape[1:])
 
 
 def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) -> Factor:
@@ -81,7 +97,7 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
 
     Source: GPTQ, arXiv:2210.17323, section 3.3; LDLQ: QuIP, arXiv:2307.13304, section 3.
     """
-    device = hessian.device
+    device, given = hessian.device, hessian
     hessian = hessian.cpu() if widest(device) != torch.float64 else hessian
     diagonal = hessian.diagonal()
     perm = torch.arange(len(diagonal), device=diagonal.device)
@@ -98,7 +114,7 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
     del lower  # half of the memory this function takes
     unit.diagonal().zero_()
     pivots = roots.square().flip(0).float()
-    return Factor(perm.to(device), unit.flip(0, 1).to(device), pivots.to(device), ridge)
+    return Factor(perm.to(device), unit.flip(0, 1).to(device), pivots.to(device), ridge, given)
 
 
 def _cholesky(hessian: Tensor, ridge: float) -> tuple[Tensor, float]:

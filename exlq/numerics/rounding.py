@@ -8,8 +8,8 @@ places to cut; what lies between two cuts, a leaf, is walked 32 columns at a tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from exlq.numerics.scales import COMPILED
 from exlq.numerics.threads import one_thread
 
 STEP = 32  # columns rounded between two pushes inside a leaf; group starts are multiples of it
+
+
+Kernel = Callable[..., Any]
 
 
 class Grid(Protocol):
@@ -35,15 +38,16 @@ class Grid(Protocol):
         """
         ...
 
-    def nearest(self, weights: Tensor) -> Tensor:
-        """The stored values nearest to `weights`, (options, out), in the column's open groups."""
+    def nearest(self, column: int, weights: Tensor) -> Tensor:
+        """The stored values nearest to `weights`, (options, out), in `column` of an open group."""
         ...
 
-    def float16_steps(self) -> tuple[Tensor, Tensor] | None:
-        """Scales (options, out) and lowest levels (options, 1) of the open groups.
+    def kernel(self, start: int, end: int) -> Kernel | None:
+        """A compiled loop over columns `start` to `end`, all in groups that are open; None for `nearest`.
 
-        None unless the values are those of float16(level · scale), for levels from the lowest to
-        minus the lowest less one: then columns may be rounded in one compiled loop.
+        Asked for on the CPU alone, where numba is there. It takes, as arrays, the columns' values (columns,
+        options, out), errors (alike), weights (columns, out), feedback (columns, columns), pivots (columns,)
+        and the energy (options, out) that it adds to.
         """
         ...
 
@@ -113,19 +117,15 @@ class _Sweep:
 
     def _columns(self, start: int, end: int) -> None:
         """Rounds a few columns one after the other."""
-        steps = self.grid.float16_steps() if self.values.device.type == "cpu" and COMPILED else None
-        if steps is None:
+        kernel = self.grid.kernel(start, end) if self.values.device.type == "cpu" and COMPILED else None
+        if kernel is None:
             for column in range(start, end):
                 self._round(start, column)
             return
-        from exlq.numerics.compiled import round_columns
-
         columns = slice(start, end)
-        feedback, pivots = self.factor.feedback[columns, columns], self.factor.pivots[columns]
-        scale, low = steps[0].contiguous(), steps[1].squeeze(-1).contiguous()
+        feedback = self.factor.feedback[columns, columns].contiguous()
         arrays = (self.values[columns], self.errors[columns], self.weight[columns])
-        rest = (feedback.contiguous(), pivots.contiguous(), scale, low, self.energy)
-        round_columns(*(x.numpy() for x in (*arrays, *rest)))
+        kernel(*(x.numpy() for x in (*arrays, feedback, self.factor.pivots[columns], self.energy)))
 
     def _round(self, start: int, column: int) -> None:
         """Rounds one column, after pulling the errors of columns `start` to `column` into it."""
@@ -133,7 +133,7 @@ class _Sweep:
         if column > start:
             feedback = self.factor.feedback[start:column, column]
             target.flatten().addmv_(self.errors[start:column].flatten(1).T, feedback)
-        value = self.grid.nearest(target)
+        value = self.grid.nearest(column, target)
         residual = target.sub_(value)
         self.energy.addcmul_(residual, residual, value=self.pivots[column])
         torch.sub(self.weight[column], value, out=self.errors[column])

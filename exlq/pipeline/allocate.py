@@ -2,62 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from exlq.allocation import solve
 from exlq.errors import FormatError, MeasurementError
+from exlq.formats.codec import Codec
 from exlq.measurement import LinearRecord, Measurement, OptionRecord, to_items
-from exlq.pipeline.plan import Plan, budget_bits
+from exlq.pipeline.plan import Plan
 from exlq.types import Allocation, LinearSpec, Option
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What every linear is stored as, and what that is predicted to cost.
+    """What every matrix is stored as, and what that is predicted to cost.
 
-    `loss` is in nats per token, over the decoder's linears and lm_head; `bpw` over the decoder's
-    linears alone.
+    `loss` is in nats per token, over all matrices of the format, None where it was not measured;
+    `bpw` is over the decoder's linears alone. Without `allocation` the options were given. `notes` say
+    what is not as it was asked for.
     """
 
     options: Mapping[str, Option]
-    allocation: Allocation
     bpw: float
-    loss: float
+    loss: float | None
+    allocation: Allocation | None = None
+    notes: tuple[str, ...] = ()
 
 
-def allocate(plan: Plan, measurement: Measurement) -> Choice:
-    """The least predicted loss within the target.
+def solved(
+    plan: Plan, codec: Codec[Any], measurement: Measurement, keys: Collection[str], budget_bits: int
+) -> tuple[Allocation, dict[str, Option]]:
+    """The least predicted loss of the matrices `keys` within the budget, and the option of each.
 
     Raises:
-        MeasurementError: if the record lacks a linear or an option of the model, or has one of another size.
+        MeasurementError: if the record lacks a matrix or its options, or has one of another size.
     """
-    assert plan.config.bits is not None
-    keys = {spec.key for spec in plan.linears}
-    decoder = measurement.only(lambda linear: linear.key in keys, lambda option: option.format == "exl2")
-    missing = keys - {linear.key for linear in decoder.linears}
-    if missing:
+    if not keys:
+        return Allocation({}, 0, 0.0, 0.0), {}
+    chosen = records(plan, codec, measurement, keys)
+    allocation = solve(to_items(replace(measurement, linears=tuple(chosen.values()))), budget_bits)
+    options = {key: chosen[key].options[index] for key, index in allocation.choice.items()}
+    return allocation, {key: Option(found.desc, found.qparams) for key, found in options.items()}
+
+
+def records(
+    plan: Plan, codec: Codec[Any], measurement: Measurement, keys: Collection[str]
+) -> dict[str, LinearRecord]:
+    """The records of the matrices `keys` with the codec's options alone, checked against the model.
+
+    Raises:
+        MeasurementError: as `solved`.
+    """
+    found = {linear.key: linear for linear in measurement.linears if linear.key in keys}
+    if missing := sorted(set(keys) - set(found)):
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MeasurementError(
-            f"the measurement lacks {min(missing)}{others}: it is not of this model, measure again"
+            f"the measurement lacks {missing[0]}{others}: it is not of this model, measure again"
         )
-    for spec in plan.linears:
-        _require_fitting(plan, spec, next(linear for linear in decoder.linears if linear.key == spec.key))
-    allocation = solve(to_items(decoder), budget_bits(plan, plan.config.bits))
-    by_key = {linear.key: linear for linear in decoder.linears}
-    chosen = {key: by_key[key].options[index] for key, index in allocation.choice.items()}
-    head = plan.codec.head_option(plan.config.head_bits)
-    head_loss = _head_record(measurement, plan.model.head.key, head).loss
-    options = {key: Option(record.desc, record.qparams) for key, record in chosen.items()}
-    return Choice(
-        options | {plan.model.head.key: head},
-        allocation,
-        allocation.total_bits / plan.numel,
-        allocation.loss + head_loss,
+    own = measurement.only(
+        lambda linear: linear.key in keys and any(o.format == codec.name for o in linear.options),
+        lambda option: option.format == codec.name,
     )
+    if without := sorted(set(keys) - {linear.key for linear in own.linears}):
+        raise MeasurementError(
+            f"the measurement has no {codec.name} options of {without[0]}: it was taken without that "
+            "format, measure again without --measure"
+        )
+    for linear in own.linears:
+        _require_fitting(codec, plan.specs[linear.key], linear)
+    return {linear.key: linear if codec.ties else replace(linear, tie=None) for linear in own.linears}
 
 
-def _require_fitting(plan: Plan, spec: LinearSpec, measured: LinearRecord) -> None:
+def measured_loss(measurement: Measurement, key: str, option: Option) -> float | None:
+    """What the record predicts for one option of one matrix, if it holds that."""
+    linears = (linear for linear in measurement.linears if linear.key == key)
+    found = [record for linear in linears for record in linear.options if record.desc == option.desc]
+    return found[0].loss if found else None
+
+
+def total_loss(losses: Iterable[float | None]) -> float | None:
+    """Their sum, if all are known."""
+    known = list(losses)
+    return None if None in known else sum(loss for loss in known if loss is not None)
+
+
+def _require_fitting(codec: Codec[Any], spec: LinearSpec, measured: LinearRecord) -> None:
     """Refuses records of a matrix of another shape, or with sizes that its options do not have."""
     if measured.numel != spec.numel:
         raise MeasurementError(
@@ -65,7 +95,7 @@ def _require_fitting(plan: Plan, spec: LinearSpec, measured: LinearRecord) -> No
             "it was taken of another model, measure again"
         )
     for option in measured.options:
-        stored = _stored_bits(plan, spec, option)
+        stored = _stored_bits(codec, spec, option)
         if stored != option.total_bits:
             raise MeasurementError(
                 f"{spec.key} at {option.desc}: {option.total_bits} bits are recorded, "
@@ -73,16 +103,8 @@ def _require_fitting(plan: Plan, spec: LinearSpec, measured: LinearRecord) -> No
             )
 
 
-def _stored_bits(plan: Plan, spec: LinearSpec, option: OptionRecord) -> int:
+def _stored_bits(codec: Codec[Any], spec: LinearSpec, option: OptionRecord) -> int:
     try:
-        return plan.codec.storage_bits(spec, Option(option.desc, option.qparams))
+        return codec.storage_bits(spec, Option(option.desc, option.qparams))
     except FormatError as exc:
         raise MeasurementError(f"{spec.key} at {option.desc}: {exc}; measure again") from exc
-
-
-def _head_record(measurement: Measurement, key: str, option: Option) -> OptionRecord:
-    linear: LinearRecord | None = next((item for item in measurement.linears if item.key == key), None)
-    found = [] if linear is None else [record for record in linear.options if record.desc == option.desc]
-    if not found:
-        raise MeasurementError(f"the measurement lacks {key} at {option.desc}; measure again")
-    return found[0]

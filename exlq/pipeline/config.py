@@ -41,7 +41,18 @@ class ConvertConfig:
     compile_full: Path | None = None
     no_resume: bool = False
     force_measurement: bool = False
-    formats: tuple[str, ...] = ("exl2",)
+    formats: tuple[str, ...] | None = None  # None: all that can be made
+    measure: tuple[str, ...] | None = None  # formats whose options are measured; None: all
+    file_size: int | None = None  # bytes of the GGUF file with all its shards
+    gguf_type: str | None = None  # name of a recipe
+    gptq: bool = True
+    weighted: bool = True
+    tensor_types: tuple[str, ...] = ()  # REGEX=TYPE
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    split_bytes: int | None = None
+    tokenizer_pre: str | None = None
+    gguf_template: Path | None = None
     text_column: str | None = None
     parse_special: bool = False
     row_mode: Mode = "spread"
@@ -51,22 +62,52 @@ class ConvertConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.output_measurement is None and self.bits is None:
-            raise ConfigError("no target: give -b BITS, or -om FILE to measure only")
+        self._check_target()
+        if self.head_bits not in HEAD_BITS:
+            raise ConfigError(f"-hb {self.head_bits}: the head takes {', '.join(map(str, HEAD_BITS))} bits")
+        for flag, names in (("--format", self.formats), ("--measure", self.measure)):
+            if names is not None and (not names or set(names) - set(CODECS)):
+                raise ConfigError(f"{flag} {','.join(names)}: known formats are {', '.join(CODECS)}")
+        if self.row_mode not in STARTS:
+            raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(STARTS)}")
+        self._check_counts()
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """The targets given, by their flags."""
+        given = {"-b": self.bits, "--file-size": self.file_size, "--gguf-type": self.gguf_type}
+        return {flag: value for flag, value in given.items() if value is not None}
+
+    @property
+    def measures(self) -> bool:
+        """Whether the target is to be allocated from a measurement."""
+        return self.gguf_type is None
+
+    @property
+    def measured_formats(self) -> tuple[str, ...]:
+        """Formats whose options are measured."""
+        return tuple(name for name in CODECS if self.measure is None or name in self.measure)
+
+    @property
+    def rounding(self) -> str:
+        """How levels are chosen."""
+        return "gptq" if self.gptq else "weighted" if self.weighted else "unweighted"
+
+    def _check_target(self) -> None:
+        if len(self.targets) > 1:
+            raise ConfigError(f"{' and '.join(self.targets)} exclude one another: give one target")
+        if self.output_measurement is None and not self.targets:
+            raise ConfigError(
+                "no target: give -b BITS, --file-size SIZE or --gguf-type NAME, or -om FILE to measure only"
+            )
         if self.output_measurement is not None and self.compile_full is not None:
             raise ConfigError("-om measures only and -cf wants a whole model: give one of them")
         if self.output_measurement is not None and self.measurement is not None:
             raise ConfigError("-om measures and -m takes a finished measurement: give one of them")
         if self.bits is not None and not 0 < self.bits <= 16:
             raise ConfigError(f"-b {self.bits}: bits per weight must be above 0 and at most 16")
-        if self.head_bits not in HEAD_BITS:
-            raise ConfigError(f"-hb {self.head_bits}: the head takes {', '.join(map(str, HEAD_BITS))} bits")
-        unknown = [name for name in self.formats if name not in CODECS]
-        if unknown or not self.formats:
-            raise ConfigError(f"--format {','.join(self.formats)}: known formats are {', '.join(CODECS)}")
-        if self.row_mode not in STARTS:
-            raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(STARTS)}")
-        self._check_counts()
+        if not self.weighted and (self.gptq or self.measures):
+            raise ConfigError("--unweighted measures nothing: it goes with --no-gptq and --gguf-type NAME")
 
     def _check_counts(self) -> None:
         for name, least in LEAST.items():
@@ -75,6 +116,8 @@ class ConvertConfig:
                 raise ConfigError(f"{name} is {value}; at least {least} is wanted")
         if self.shard_mib < 0:
             raise ConfigError(f"-ss {self.shard_mib}: a shard size in MiB is wanted, 0 for one file")
+        if self.split_bytes is not None and self.split_bytes < 1:
+            raise ConfigError(f"--split-size {self.split_bytes}: a size of at least one byte is wanted")
         if self.states not in STATES:
             raise ConfigError(f"--states {self.states}: choose {' or '.join(STATES)}")
 

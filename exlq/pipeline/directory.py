@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from exlq.files import atomic_write_json
 
 MARK = "job.json"
 _FORMAT = "exlq-job"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def prepare_work(out_dir: Path, no_resume: bool) -> Path:
@@ -67,6 +69,33 @@ def put_in_place(finished: Path, target: Path, work: Path) -> None:
     finished.replace(target)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def require_directory(target: Path) -> None:
+    """Refuses to put files where something else than a directory stands.
+
+    Raises:
+        ConfigError: if so.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} exists and is no directory: move it away or choose another -o")
+
+
+def put_files_in_place(finished: Path, target: Path) -> list[Path]:
+    """Moves all files of `finished` into `target`, each in the place of its namesake; where they are now.
+
+    Shards of an earlier file of the same name, of which there were more or fewer, go.
+    """
+    require_directory(target)
+    target.mkdir(parents=True, exist_ok=True)
+    beside = _beside(finished, target / "files")
+    moved = [path.replace(target / path.name) for path in sorted(beside.iterdir())]
+    stems = {_SHARD.sub("", path.stem) for path in moved if path.suffix == ".gguf"}
+    for path in target.glob("*.gguf"):
+        if path not in moved and _SHARD.sub("", path.stem) in stems:
+            path.unlink()
+    shutil.rmtree(beside)
+    return moved
 
 
 def _beside(finished: Path, target: Path) -> Path:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from exlq.errors import ConfigError
 from exlq.pipeline import sensitivity, trial
+from exlq.pipeline.output import Output
 from exlq.pipeline.plan import Plan
+from exlq.sizes import format_bytes
 
 PROBE = 1024  # side of the matrices whose product is timed
 PROBE_REPEATS = 4
@@ -32,8 +37,8 @@ class Estimate:
         return self.measuring_s + self.quantizing_s
 
 
-def estimate(plan: Plan) -> Estimate:
-    """The estimate for a plan; times one matrix product."""
+def estimate(plan: Plan, outputs: Sequence[Output]) -> Estimate:
+    """The estimate for a plan and what it is to write; times one matrix product."""
     rate = gemm_rate(plan.model.device)
     linears = plan.linears
     forward = 2 * plan.numel  # flop a token
@@ -41,8 +46,9 @@ def estimate(plan: Plan) -> Estimate:
     hessians = sum(2 * size**2 for _, size in inputs)
     gradient = 4 * forward * min(sensitivity.TOKENS, plan.measurement_rows.ids.numel())
     trials = sum(
-        len(plan.codec.options(s)) * min(s.out_features, trial.SAMPLED_ROWS) * 1.5 * s.in_features**2
+        len(options) * min(s.out_features, trial.SAMPLED_ROWS) * 1.5 * s.in_features**2
         for s in linears
+        for _, options in plan.tried(s)
     )
     sweeps = sum(s.out_features * s.in_features**2 for s in linears)
     factors = sum(size**3 for _, size in inputs)
@@ -50,11 +56,11 @@ def estimate(plan: Plan) -> Estimate:
     quantizing = plan.rows.ids.numel() * (forward + hessians) + sweeps + factors
     return Estimate(
         gemm_flops=rate,
-        measuring_s=0.0 if plan.config.measurement else SLOWDOWN * measuring / rate,
-        quantizing_s=0.0 if plan.config.bits is None else SLOWDOWN * quantizing / rate,
+        measuring_s=SLOWDOWN * measuring / rate if _is_to_measure(plan) else 0.0,
+        quantizing_s=len(outputs) * SLOWDOWN * quantizing / rate,
         memory_bytes=_memory(plan),
-        disk_bytes=_disk(plan),
-        output_bytes=output_bytes(plan),
+        disk_bytes=disk_bytes(plan, outputs),
+        output_bytes=sum(output.estimated_bytes() for output in outputs),
     )
 
 
@@ -69,13 +75,8 @@ def gemm_rate(device: torch.device) -> float:
     return 2 * PROBE**3 * PROBE_REPEATS / (time.perf_counter() - begin)
 
 
-def output_bytes(plan: Plan) -> int:
-    """Bytes of the finished directory's tensors."""
-    head = plan.codec.storage_bits(plan.model.head, plan.codec.head_option(plan.config.head_bits))
-    plain = sum(
-        torch.Size(plan.model.weights.shape(name)).numel() * 16 for name in plan.model.plain_tensors()
-    )
-    return int(((plan.config.bits or 0) * plan.numel + head + plain) / 8)
+def _is_to_measure(plan: Plan) -> bool:
+    return plan.config.measures and plan.config.measurement is None
 
 
 def _memory(plan: Plan) -> int:
@@ -89,10 +90,29 @@ def _memory(plan: Plan) -> int:
     return FLOAT_BYTES * (block + hessians + factor) + trial.SWEEP_BYTES * 2 + (512 << 20)
 
 
-def _disk(plan: Plan) -> int:
-    """Hidden states of the widest pass, and the output twice while it is replaced."""
+def disk_bytes(plan: Plan, outputs: Sequence[Output]) -> int:
+    """Hidden states of the widest pass, and the outputs, the largest of them twice while it is replaced."""
     rows = plan.rows.ids.numel()
     gradient = sensitivity.TOKENS * (plan.model.n_blocks + 2)
     widest = max(spec.in_features for spec in plan.linears)
     states = max(rows * (3 * plan.model.hidden_size + widest), gradient * plan.model.hidden_size)
-    return FLOAT_BYTES * states + 2 * output_bytes(plan)
+    sizes = [output.estimated_bytes() for output in outputs]
+    return FLOAT_BYTES * states + sum(sizes) + max(sizes, default=0)
+
+
+def require_disk(plan: Plan, outputs: Sequence[Output]) -> None:
+    """Refuses a conversion for which the disk of the job directory is too small.
+
+    Raises:
+        ConfigError: naming what is free and what is wanted.
+    """
+    wanted = disk_bytes(plan, outputs)
+    place = plan.config.out_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < wanted:
+        raise ConfigError(
+            f"{place} has {format_bytes(free)} free, about {format_bytes(wanted)} is wanted: "
+            "make room, choose another -o or take fewer rows (-r)"
+        )

@@ -7,7 +7,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -17,21 +17,25 @@ from typing import Any
 import torch
 
 from exlq import __version__, measurement
+from exlq.errors import ConfigError
 from exlq.evaluate.divergence import Divergence
 from exlq.files import atomic_write_json
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
 from exlq.numerics.scales import COMPILED
 from exlq.pipeline import directory, measured, verify
-from exlq.pipeline.allocate import Choice, allocate
+from exlq.pipeline.allocate import Choice
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.measured import FISHER, MEASUREMENT, PARTIAL, measurement_path
+from exlq.pipeline.estimate import require_disk
+from exlq.pipeline.measured import MEASUREMENT, PARTIAL, SENSITIVITY, measurement_path
+from exlq.pipeline.output import Output
+from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import Progress
-from exlq.pipeline.write import write_exl2, written_config
 from exlq.workspace import Workspace
 
 SUMMARY = "summary.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Job:
     """The state of a running conversion."""
 
     plan: Plan
+    outputs: tuple[Output, ...]
+    notes: tuple[str, ...]  # which formats were left out, and why
     given: Measurement | None
     work: Path
     progress: Progress
@@ -48,15 +54,6 @@ class Job:
     @property
     def config(self) -> ConvertConfig:
         return self.plan.config
-
-    @property
-    def workspace(self) -> Workspace:
-        return Workspace(self.work)
-
-    @property
-    def target(self) -> Path:
-        """Where the EXL2 directory goes."""
-        return self.config.compile_full or self.config.out_dir / "exl2"
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -71,9 +68,10 @@ def finished_summary(config: ConvertConfig) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads((config.out_dir / SUMMARY).read_text(encoding="utf-8"))
+        places = [path for output in summary["outputs"].values() for path in output["paths"]]
         same = summary["fingerprint"] == fingerprint(config)
-        return dict(summary) if same and Path(summary["output"]["directory"]).is_dir() else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return dict(summary) if same and all(Path(path).exists() for path in places) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -84,16 +82,36 @@ def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
         InputError: for whatever cannot work.
     """
     plan = make_plan(config)
-    written_config(plan)
-    target = config.compile_full or config.out_dir / "exl2"
-    if config.output_measurement is None:
-        directory.require_replaceable(target)
-    else:
+    outputs, notes = ((), ()) if config.output_measurement else make_outputs(plan)
+    for output in outputs:
+        output.require_place()
+    require_disk(plan, outputs)
+    if config.output_measurement is not None:
         directory.require_parent(measurement_path(config.output_measurement), config.out_dir)
     given = measured.given(plan)
     if given is not None:
-        allocate(plan, given)
-    return Job(plan, given, directory.prepare_work(config.out_dir, config.no_resume), progress, command)
+        for output in outputs:
+            output.allocate(given)
+    work = directory.prepare_work(config.out_dir, config.no_resume)
+    return Job(plan, outputs, notes, given, work, progress, command)
+
+
+def rehearse(config: ConvertConfig) -> dict[str, dict[str, Any]]:
+    """What each format's figures would be, from the target and a given measurement, without work.
+
+    Raises:
+        InputError: for whatever cannot work, a target that wants a measurement that is not given among it.
+    """
+    plan = make_plan(config)
+    outputs, _ = make_outputs(plan)
+    given = measured.given(plan)
+    if given is None and config.measures:
+        raise ConfigError("--dry-run does not measure: give -m FILE, or --gguf-type NAME as the target")
+    choices = {output: output.allocate(given) for output in outputs}
+    return {
+        output.name: {"bpw": choice.bpw, "predicted_kl": choice.loss, **output.figures(choice)}
+        for output, choice in choices.items()
+    }
 
 
 def run(job: Job) -> dict[str, Any] | None:
@@ -108,64 +126,75 @@ def run(job: Job) -> dict[str, Any] | None:
 
 
 def _run(job: Job) -> dict[str, Any] | None:
-    with job.timed("measuring"):
-        record = job.given or measured.measured(job.plan, job.work, machine(), job.progress)
-    measurement.save(record, job.config.out_dir / MEASUREMENT)
+    record = job.given
+    if record is None and job.config.measures:
+        with job.timed("measuring"):
+            record = measured.measured(job.plan, job.work, machine(), job.progress)
+    if record is not None:
+        measurement.save(record, job.config.out_dir / MEASUREMENT)
     if job.config.output_measurement is not None:
+        assert record is not None
         measurement.save(record, measurement_path(job.config.output_measurement))
         return None
+    results = {}
+    for output in job.outputs:
+        results[output.name], record = _made(job, output, record)
+    return _summary(job, results)
+
+
+def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[str, Any], Measurement | None]:
+    """One format made, checked and put in place: its part of the summary, the record with its figures."""
     with job.timed("allocating"):
-        choice = allocate(job.plan, record)
-    finished = job.work / "exl2"
-    divergence = _convert(job, choice, finished)
-    directory.put_in_place(finished, job.target, job.work)
-    evaluation = {"predicted_kl": choice.loss, "measured": asdict(divergence)}
-    results = {**record.extra.get("evaluations", {}), _target_name(job.config): evaluation}
-    record = replace(record, extra={**record.extra, "evaluations": results})
-    measurement.save(record, job.config.out_dir / MEASUREMENT)
-    return _summary(job, choice, divergence)
-
-
-def _convert(job: Job, choice: Choice, finished: Path) -> Divergence:
-    """Quantizes into `finished`, re-reads it and compares it with the base."""
+        choice = output.allocate(record)
+    finished = job.work / output.name
     if finished.exists():
         shutil.rmtree(finished)
     finished.mkdir()
     with job.timed("quantizing"):
-        digests = write_exl2(job.plan, choice, finished, job.workspace, job.progress)
+        output.write(choice, finished, job.work, job.progress)
     with job.timed("verifying"):
-        job.progress("verifying", 0, 2)
-        verify.verify_files(job.plan.model, finished, digests)
-        job.progress("verifying", 1, 2)
-        divergence = verify.verify_model(job.plan, finished, job.workspace)
-        job.progress("verifying", 2, 2)
-    assert job.config.bits is not None
-    verify.judge(job.config.bits, choice.loss, divergence.kl_mean)
-    return divergence
+        job.progress("verifying", 0, 1)
+        divergence = verify.verify_model(job.plan, output.opened(finished), Workspace(job.work))
+        job.progress("verifying", 1, 1)
+    if output.trusted(choice):
+        verify.judge(choice.loss, divergence.kl_mean)
+    paths = output.put_in_place(finished, job.work)
+    if record is not None:
+        evaluation = {"predicted_kl": choice.loss, "measured": asdict(divergence)}
+        evaluations = {**record.extra.get("evaluations", {}), _target_name(job.config, output): evaluation}
+        record = replace(record, extra={**record.extra, "evaluations": evaluations})
+        measurement.save(record, job.config.out_dir / MEASUREMENT)
+    return _result(output, choice, divergence, paths), record
 
 
-def _summary(job: Job, choice: Choice, divergence: Divergence) -> dict[str, Any]:
-    config, rows = job.config, job.plan.rows.record
+def _result(output: Output, choice: Choice, divergence: Divergence, paths: list[Path]) -> dict[str, Any]:
+    solution = choice.allocation
+    return {
+        "bpw": choice.bpw,
+        "predicted_kl": choice.loss,
+        "optimality_gap": None if solution is None else solution.gap,
+        "evaluation": asdict(divergence),
+        "paths": [str(path) for path in paths],
+        "bytes": sum(_weight_bytes(path) for path in paths),
+        "notes": choice.notes,
+        **output.figures(choice),
+        "allocation": {key: option.desc for key, option in choice.options.items()},
+    }
+
+
+def _summary(job: Job, results: Mapping[str, Any]) -> dict[str, Any]:
+    config = job.config
+    record = config.out_dir / MEASUREMENT
     return {
         "fingerprint": fingerprint(config),
         "command": job.command,
-        "target": {"bits": config.bits, "head_bits": config.head_bits},
-        "result": {
-            "bpw": choice.bpw,
-            "total_bits": choice.allocation.total_bits,
-            "optimality_gap": choice.allocation.gap,
-            "predicted_kl": choice.loss,
-            "evaluation": asdict(divergence),
-            "evaluated_on": job.plan.checked_rows()[1],
-        },
-        "output": {
-            "directory": str(job.target),
-            "bytes": _weight_bytes(job.target),
-            "base_bytes": _weight_bytes(config.in_dir),
-            "measurement": str(config.out_dir / MEASUREMENT),
-        },
-        "calibration": asdict(rows),
-        "allocation": {key: option.desc for key, option in choice.options.items()},
+        "target": config.targets,
+        "outputs": results,
+        "notes": job.notes,
+        "base_bytes": _weight_bytes(config.in_dir),
+        "measurement": str(record) if job.given is not None or config.measures else None,
+        "evaluated_on": job.plan.checked_rows()[1],
+        "calibration": asdict(job.plan.rows.record),
         "seconds": job.seconds,
         "machine": machine(),
         "settings": config.as_json(),
@@ -187,21 +216,24 @@ def machine() -> dict[str, Any]:
 def fingerprint(config: ConvertConfig) -> str:
     """A hash of the settings and of the inputs' names, sizes and times of change."""
     settings = {k: v for k, v in config.as_json().items() if k not in ("threads", "no_resume", "out_dir")}
-    inputs = [config.calibration, config.measurement, *sorted(config.in_dir.iterdir())]
+    inputs = [config.calibration, config.measurement, config.gguf_template, *sorted(config.in_dir.iterdir())]
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs if path is not None]
     return hashlib.sha256(json.dumps([__version__, settings, stats], sort_keys=True).encode()).hexdigest()
 
 
-def _target_name(config: ConvertConfig) -> str:
-    return f"exl2 {config.bits} bpw, head {config.head_bits}"
+def _target_name(config: ConvertConfig, output: Output) -> str:
+    target = " ".join(f"{flag} {value}" for flag, value in config.targets.items())
+    return f"{output.name} {target} -hb {config.head_bits}"
 
 
-def _weight_bytes(model_dir: Path) -> int:
-    patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-    return sum(path.stat().st_size for pattern in patterns for path in model_dir.glob(pattern))
+def _weight_bytes(path: Path) -> int:
+    """Bytes of the weights in a directory, or of a file."""
+    if path.is_file():
+        return path.stat().st_size if path.suffix == ".gguf" else 0
+    return sum(file.stat().st_size for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
 
 
 def _clean(job: Job) -> None:
     """Removes the large working files; the directory itself tells that the job was ours."""
-    for path in (*job.work.glob("*.bin"), job.work / FISHER, job.work / PARTIAL):
+    for path in (*job.work.glob("*.bin"), *job.work.glob(f"*{SENSITIVITY}"), job.work / PARTIAL):
         path.unlink(missing_ok=True)

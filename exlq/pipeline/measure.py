@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,21 +12,21 @@ from torch import Tensor
 from exlq import memory
 from exlq.formats.codec import Codec
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
-from exlq.models import Model
+from exlq.models import Linear, Model
 from exlq.numerics import hessian
 from exlq.pipeline import passes, trial
+from exlq.pipeline.embedding import embedding_cost
 from exlq.pipeline.passes import BlockHessians, InputHessians
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
+from exlq.pipeline.sensitivity import Sensitivity
 from exlq.types import LinearSpec, Option
 from exlq.workspace import Workspace
-
-FLOAT16_BITS = 16
 
 
 def measure(
     plan: Plan,
-    fisher: Mapping[str, Tensor],
+    sensitivity: Sensitivity,
     begun: Measurement,
     workspace: Workspace,
     save: Callable[[Measurement], None],
@@ -34,7 +35,6 @@ def measure(
     """Runs the model block by block and tries all options of each block's linears.
 
     Args:
-        fisher: (out_features,) per linear, from `sensitivity.fisher`.
         begun: an earlier record of the same origin; its linears are not measured again.
         save: called with the record after every block.
     """
@@ -49,16 +49,14 @@ def measure(
             wanted = [linear for linear in linears if linear.spec.key not in known]
             if not wanted:
                 continue
-            act_order = all(plan.codec.sorts_channels(linear.spec) for linear in linears)
-            evidence = _evidence(hessians.by_stage.pop(stage), f"block {index}, {stage}", act_order)
+            evidence = _Evidence(plan, hessians.by_stage.pop(stage), f"block {index}, {stage}", linears)
             memory.release()
             for linear in wanted:
-                weight = model.linear_weight(linear.spec.key)
-                tried = _record(plan, linear.spec, weight, evidence, fisher, plan.codec.options(linear.spec))
-                record = record.with_linear(tried)
+                tried = _record(plan, linear.spec, evidence.of, sensitivity.outputs[linear.spec.key])
+                record = record.with_linear(replace(tried, tie=linear.tie))
         save(record)
         progress("measuring", index + 1, steps)
-    record = _with_ends(plan, record, states, fisher)
+    record = _with_ends(plan, record, states, sensitivity)
     save(record)
     workspace.remove("states")
     progress("measuring", steps, steps)
@@ -78,33 +76,40 @@ def _forward(
     return hessians
 
 
-def _evidence(hessians: InputHessians, what: str, act_order: bool = True) -> trial.Evidence:
-    calibration, heldout = hessians.means(what)
-    factor = hessian.factor(calibration, act_order=act_order)
-    return trial.Evidence(factor, heldout[factor.perm][:, factor.perm])
+class _Evidence:
+    """One input's Hessians, factored once for all codecs that may process its channels in any order."""
+
+    def __init__(
+        self, plan: Plan, hessians: InputHessians, what: str, linears: Sequence[Linear] = ()
+    ) -> None:
+        self._plan, self._linears = plan, linears
+        self._calibration, self._heldout = hessians.means(what)
+        self._made: dict[bool, trial.Evidence] = {}
+
+    def of(self, codec: Codec[Any]) -> trial.Evidence:
+        act_order = all(codec.sorts_channels(linear.spec) for linear in self._linears)
+        if act_order not in self._made:
+            factor = hessian.factor(self._calibration, act_order=act_order)
+            heldout = self._heldout[factor.perm][:, factor.perm]
+            self._made[act_order] = trial.Evidence(factor, heldout, self._plan.config.gptq)
+        return self._made[act_order]
 
 
 def _record(
-    plan: Plan,
-    spec: LinearSpec,
-    weight: Tensor,
-    evidence: trial.Evidence,
-    fisher: Mapping[str, Tensor],
-    options: tuple[Option, ...],
+    plan: Plan, spec: LinearSpec, evidence: Callable[[Codec[Any]], trial.Evidence], rows: Tensor
 ) -> LinearRecord:
-    generator = torch.Generator().manual_seed(plan.config.seed)
-    weight = weight.to(plan.model.device, torch.float32)
-    tried = trial.try_options(plan.codec, spec, options, weight, evidence, fisher[spec.key], generator)
-    return LinearRecord(
-        key=spec.key,
-        numel=spec.numel,
-        options=tuple(
-            _option_record(plan.codec, spec, option, result)
-            for option, result in zip(options, tried.options, strict=True)
-        ),
-        sensitivity=tried.sensitivity,
-        sampled_rows=trial.SAMPLED_ROWS if spec.out_features > trial.SAMPLED_ROWS else None,
-    )
+    """All options of one matrix; `rows`, (out_features,), is the Fisher information of its outputs."""
+    weight = plan.model.linear_weight(spec.key).to(plan.model.device, torch.float32)
+    records: list[OptionRecord] = []
+    sensitivity: float | None = None
+    for codec, options in plan.tried(spec):
+        generator = torch.Generator().manual_seed(plan.config.seed)
+        found = trial.try_options(codec, spec, options, weight, evidence(codec), rows, generator)
+        pairs = zip(options, found.options, strict=True)
+        records += [_option_record(codec, spec, option, result) for option, result in pairs]
+        sensitivity = found.sensitivity
+    sampled = trial.SAMPLED_ROWS if spec.out_features > trial.SAMPLED_ROWS else None
+    return LinearRecord(spec.key, spec.numel, tuple(records), sensitivity, sampled_rows=sampled)
 
 
 def _option_record(codec: Codec[Any], spec: LinearSpec, option: Option, result: trial.Trial) -> OptionRecord:
@@ -121,20 +126,30 @@ def _option_record(codec: Codec[Any], spec: LinearSpec, option: Option, result: 
     )
 
 
-def _with_ends(plan: Plan, record: Measurement, states: Tensor, fisher: Mapping[str, Tensor]) -> Measurement:
-    """The record with lm_head, and the embedding, which EXL2 keeps in float16."""
+def _with_ends(plan: Plan, record: Measurement, states: Tensor, sensitivity: Sensitivity) -> Measurement:
+    """The record with lm_head and the embedding."""
     model, rows = plan.model, plan.measurement_rows
     known = {linear.key for linear in record.linears}
-    head = model.head
-    if head.key not in known:
+    if model.head.key not in known and plan.tried(model.head):
         hessians = passes.head_hessians(model, states, rows.heldout, rows.ids)
-        evidence = _evidence(hessians, head.key)
-        weight = model.linear_weight(head.key)
-        record = record.with_linear(
-            _record(plan, head, weight, evidence, fisher, plan.codec.head_options(head))
-        )
+        evidence = _Evidence(plan, hessians, model.head.key)
+        head = _record(plan, model.head, evidence.of, sensitivity.outputs[model.head.key])
+        record = record.with_linear(head)
     if model.embedding_key not in known:
-        numel = model.vocab_size * model.hidden_size
-        kept = OptionRecord("f16", 16.0, numel * FLOAT16_BITS, 0.0, {"bits": [FLOAT16_BITS]}, 0.0, 0.0, 0.0)
-        record = record.with_linear(LinearRecord(model.embedding_key, numel, (kept,)))
+        record = record.with_linear(_embedding(plan, sensitivity))
     return record
+
+
+def _embedding(plan: Plan, sensitivity: Sensitivity) -> LinearRecord:
+    """The embedding, which EXL2 keeps in float16."""
+    spec = plan.model.embedding
+    kept = OptionRecord("f16", 16.0, 16 * spec.numel, 0.0, {"bits": [16]}, 0.0, 0.0, 0.0)
+    if not plan.tried(spec):
+        return LinearRecord(spec.key, spec.numel, (kept,))
+    cost = embedding_cost(plan.model, sensitivity, plan.measurement_rows.ids)
+    factor = hessian.factor(cost.hessian.to(plan.model.device))
+    evidence = trial.Evidence(factor, cost.hessian[factor.perm.cpu()][:, factor.perm.cpu()], plan.config.gptq)
+    tried = _record(plan, spec, lambda _: evidence, cost.rows)
+    if not any(codec.name == "exl2" for codec in plan.codecs):
+        return tried
+    return replace(tried, options=(kept, *tried.options))

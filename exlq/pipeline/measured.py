@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from exlq import __version__, measurement
 from exlq.errors import MeasurementError
-from exlq.measurement import Measurement
+from exlq.measurement import LinearRecord, Measurement
 from exlq.pipeline import sensitivity
 from exlq.pipeline.measure import measure
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
+from exlq.pipeline.sensitivity import Sensitivity
 from exlq.workspace import Workspace
 
 MEASUREMENT = "measurement.json"
 PARTIAL = "measurement.partial.json"
-FISHER = "fisher.safetensors"
+SENSITIVITY = "sensitivity.safetensors"
 
 
 def measurement_path(path: Path) -> Path:
@@ -54,27 +54,35 @@ def measured(plan: Plan, work: Path, made_with: Mapping[str, Any], progress: Pro
         made_with: what is recorded of program and machine.
     """
     empty = Measurement(**plan.origin, extra={"made_with": made_with})
-    finished = empty if plan.config.no_resume else _left(plan.config.out_dir / MEASUREMENT, empty)
-    begun = max(finished, _left(work / PARTIAL, empty), key=lambda record: len(record.linears))
-    wanted = {*(spec.key for spec in plan.linears), plan.model.head.key, plan.model.embedding_key}
-    if {linear.key for linear in begun.linears} == wanted:
+    finished = empty if plan.config.no_resume else _left(plan, plan.config.out_dir / MEASUREMENT, empty)
+    begun = max(finished, _left(plan, work / PARTIAL, empty), key=lambda record: len(record.linears))
+    if {linear.key for linear in begun.linears} == set(plan.specs):
         return begun
-    if not begun.linears:
-        (work / FISHER).unlink(missing_ok=True)
-    ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]
-    workspace = Workspace(work)
-
-    def gradients() -> Mapping[str, Tensor]:
-        rows = sensitivity.fisher_rows(ids)
-        return sensitivity.fisher(plan.model, rows, workspace, plan.config.seed, progress)
 
     def save(record: Measurement) -> None:
         measurement.save(record, work / PARTIAL)
 
-    return measure(plan, _kept(work / FISHER, gradients), begun, workspace, save, progress)
+    found = sensitivities(plan, work, progress)
+    return measure(plan, found, begun, Workspace(work), save, progress)
 
 
-def _left(path: Path, empty: Measurement) -> Measurement:
+def sensitivities(plan: Plan, work: Path, progress: Progress) -> Sensitivity:
+    """What the gradient pass finds, from `work` where this job has left it there."""
+    path = _sensitivity_path(plan, work)
+    if not path.exists():
+        ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]
+        rows = sensitivity.fisher_rows(ids)
+        sensitivity.fisher(plan.model, rows, Workspace(work), plan.config.seed, progress).save(path)
+    return Sensitivity.load(path)
+
+
+def _sensitivity_path(plan: Plan, work: Path) -> Path:
+    """Named by what it was taken of, for `work` may hold that of a run with other settings."""
+    origin = json.dumps(plan.origin, sort_keys=True, default=dict)
+    return work / f"{hashlib.sha256(origin.encode()).hexdigest()[:16]}-{SENSITIVITY}"
+
+
+def _left(plan: Plan, path: Path, empty: Measurement) -> Measurement:
     """An earlier measurement of the same origin by the same program, or the empty one."""
     try:
         record = measurement.load(path)
@@ -82,13 +90,12 @@ def _left(path: Path, empty: Measurement) -> Measurement:
         return empty
     made_with = record.extra.get("made_with")
     same_program = isinstance(made_with, dict) and made_with.get("exlq") == __version__
-    return record if same_program and not measurement.differences(record.origin, empty.origin) else empty
+    same = same_program and not measurement.differences(record.origin, empty.origin)
+    return record if same and all(_covers(plan, linear) for linear in record.linears) else empty
 
 
-def _kept(path: Path, compute: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Tensors from a file, computed and saved where it is missing."""
-    if not path.exists():
-        part = path.with_suffix(".part")
-        save_file(dict(compute()), part)
-        part.replace(path)
-    return dict(load_file(path))
+def _covers(plan: Plan, linear: LinearRecord) -> bool:
+    """Whether the record has all options that would be tried."""
+    spec = plan.specs.get(linear.key)
+    descs = {option.desc for option in linear.options}
+    return spec is not None and all(o.desc in descs for _, options in plan.tried(spec) for o in options)

@@ -17,11 +17,16 @@ TOKENS_AT_ONCE = 2048  # through a block
 STATE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def embedded(model: Model, ids: Tensor, workspace: Workspace, dtype: torch.dtype) -> Tensor:
-    """(n_rows, length, hidden_size) memory-mapped: what the first block receives."""
+def embedded(
+    model: Model, ids: Tensor, workspace: Workspace, dtype: torch.dtype, weight: Tensor | None = None
+) -> Tensor:
+    """(n_rows, length, hidden_size) memory-mapped: what the first block receives.
+
+    `weight`, (vocab, hidden_size), takes the place of the model's own embedding.
+    """
     states = workspace.tensor("states", (*ids.shape, model.hidden_size), dtype)
     for rows in batches(ids):
-        states[rows] = model.embed(ids[rows]).to("cpu", dtype)
+        states[rows] = model.embed(ids[rows], weight).to("cpu", dtype)
     return states
 
 

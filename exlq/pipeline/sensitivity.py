@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exlq.models import Model
+from exlq.numerics.hessian import HessianSum
 from exlq.numerics.precision import widest
 from exlq.pipeline.progress import Progress
 from exlq.workspace import Workspace
@@ -18,6 +22,32 @@ TOKENS_AT_ONCE = 1024  # through a block and its graph
 HEAD_TOKENS = 256  # whose probabilities are held at once
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What errors cost, to second order, in the units of a KL divergence in nats per token.
+
+    An output's mean squared error costs half of its Fisher information; an error e of a token's
+    embedding costs half of eᵀGe.
+    """
+
+    outputs: Mapping[str, Tensor]  # by canonical key, lm_head too: (out_features,) float32
+    embedding: Tensor  # G = E[g gᵀ], (hidden, hidden) float32, over the gradients of the embedded tokens
+    head_input: Tensor  # E[x xᵀ], (hidden, hidden) float32, of what lm_head receives
+
+    def save(self, path: Path) -> None:
+        tensors = {f"outputs/{key}": tensor for key, tensor in self.outputs.items()}
+        part = path.with_suffix(".part")
+        save_file({**tensors, "embedding": self.embedding, "head_input": self.head_input}, part)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Sensitivity:
+        tensors = dict(load_file(path))
+        embedding, head_input = tensors.pop("embedding"), tensors.pop("head_input")
+        outputs = {name.removeprefix("outputs/"): tensor for name, tensor in tensors.items()}
+        return cls(outputs, embedding, head_input)
+
+
 def fisher_rows(ids: Tensor) -> Tensor:
     """The token rows of the gradient pass: evenly spread over `ids` (n, length), at most 8192 tokens."""
     length = min(ROW_LENGTH, ids.shape[1])
@@ -25,20 +55,14 @@ def fisher_rows(ids: Tensor) -> Tensor:
     return ids[torch.linspace(0, len(ids) - 1, n_rows).round().long(), :length]
 
 
-def fisher(
-    model: Model, rows: Tensor, workspace: Workspace, seed: int, progress: Progress
-) -> Mapping[str, Tensor]:
-    """Diagonal Fisher information of every linear's outputs, under its canonical key.
+def fisher(model: Model, rows: Tensor, workspace: Workspace, seed: int, progress: Progress) -> Sensitivity:
+    """Diagonal Fisher information of every linear's outputs, and the gradients' second moment at the input.
 
-    Half of it times an output's mean squared error is the KL divergence, in nats per token, that the
-    error brings to second order. Labels are sampled from the model, one per position. The pass
-    runs block by block, forth with every block's input kept in a file, then back.
+    Labels are sampled from the model, one per position. The pass runs block by block, forth with
+    every block's input kept in a file, then back.
 
     Args:
         rows: (n, length) int64.
-
-    Returns:
-        (out_features,) float32 per linear, `lm_head` among them.
 
     Source: Fisher information as the KL's Hessian; K-FAC, arXiv:1503.05671, section 2 (sampled labels).
     """
@@ -47,16 +71,35 @@ def fisher(
     inputs = _block_inputs(model, rows, batches, workspace, progress)
     labels = model.sample_labels(inputs[-1], torch.Generator().manual_seed(seed))
     information = {model.head.key: _head_information(model, inputs[-1])}
+    head_input = _second_moment(model.final_norm(inputs[-1][batch]) for batch in batches)
     gradient = workspace.tensor("gradient", tuple(inputs[-1].shape))
     for batch in batches:
         gradient[batch] = model.head_backward(inputs[-1][batch], labels[batch]).cpu()
     for index in reversed(range(model.n_blocks)):
         information |= _block_information(model, index, inputs[index], gradient, batches)
         progress("gradients", 2 * model.n_blocks - index, 2 * model.n_blocks)
+    scale = _embedding_scale(model, rows[:1], inputs[0][:1])
+    embedding = _second_moment(gradient[batch] for batch in batches) * scale**2
     for index in range(model.n_blocks + 1):
         workspace.remove(f"input-{index}")
     workspace.remove("gradient")
-    return information
+    return Sensitivity(information, embedding, head_input)
+
+
+def _second_moment(parts: Iterable[Tensor]) -> Tensor:
+    """(size, size) float32 E[x xᵀ] over all x of (…, size) tensors."""
+    total: HessianSum | None = None
+    for part in parts:
+        total = total or HessianSum.zeros(part.shape[-1], part.device)
+        total.add(part)
+    assert total is not None
+    return total.mean().cpu()
+
+
+def _embedding_scale(model: Model, rows: Tensor, embedded: Tensor) -> float:
+    """What the model multiplies its embeddings with, as Gemma does."""
+    stored = model.weights.read(f"{model.embedding_key}.weight", rows.flatten()).float()
+    return float(embedded.norm() / stored.norm().clamp_min(1e-30))
 
 
 def _block_inputs(

@@ -30,6 +30,7 @@ class Evidence:
 
     factor: Factor
     heldout: Tensor  # (in, in) float32, mean of x xᵀ over held-out tokens
+    feedback: bool = True  # whether rounding hands errors on
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def try_options(
         fisher: (out_features,) float32 on the CPU, mean squared gradient of each output.
         generator: draws the sample of rows, where there are more than 1024.
     """
-    whole = _row_energy(weight, evidence).cpu()
+    whole = evidence.factor.energies(weight.T[evidence.factor.perm]).cpu()
     sample = RowSample.draw(whole * fisher, SAMPLED_ROWS, generator)
     picked = weight[sample.rows.to(weight.device)]
     every = max(1, len(picked) // HELDOUT_ROWS)
@@ -114,16 +115,19 @@ def quantize(
         VerifyError: if the stored tensors do not give back what the sweep left.
     """
     perm, device = factor.perm, factor.pivots.device
-    levels = torch.empty(spec.in_features, spec.out_features, dtype=torch.uint8, device=device)
+    levels: Tensor | None = None
     restored = torch.empty(weight.shape, device=device)
     grids = []
     for rows, grid, rounded in sweeps(codec, spec, [option], weight, factor):
         values = rounded.values[:, 0]
-        levels[:, rows] = codec.levels(spec, option, grid, values)
+        found = codec.levels(spec, option, grid, values)
+        levels = found.new_empty(spec.in_features, spec.out_features) if levels is None else levels
+        levels[:, rows] = found
         restored[rows.unsqueeze(-1), perm] = values.T
         grids.append((rows, grid))
+    assert levels is not None
     tensors = codec.pack(spec, option, levels, grids, perm)
-    if not torch.equal(codec.unpack(tensors, spec), restored.cpu()):
+    if not torch.equal(codec.unpack(tensors, spec, option), restored.cpu()):
         raise VerifyError(f"{spec.key}: the packed tensors do not give back the rounded weights")
     return tensors, restored
 
@@ -136,10 +140,10 @@ def sweeps(
     for rows in parts(weight, factor.perm, len(options)):
         rows = rows.to(factor.perm.device)
         turned = weight[rows.to(weight.device)].to(factor.pivots).T.contiguous()[factor.perm]
-        grid = codec.grid(spec, options, factor, len(rows), leader)
+        grid = codec.grid(spec, options, factor, turned, leader)
         rounded = sweep(turned, factor, grid, len(options))
         leader = leader or grid
-        yield rows, grid, rounded
+        yield rows, *codec.refined(spec, options, grid, factor, turned, rounded)
 
 
 def parts(weight: Tensor, perm: Tensor, n_options: int) -> list[Tensor]:
@@ -198,21 +202,13 @@ def _energies(
     factor = evidence.factor
     own = torch.empty(len(options), len(weight), device=weight.device)
     heldout = torch.empty_like(own)
-    for rows, _, rounded in sweeps(codec, spec, options, weight, factor):
+    used = factor if evidence.feedback else factor.without_feedback()
+    for rows, _, rounded in sweeps(codec, spec, options, weight, used):
         undamped = rounded.energy - factor.ridge * rounded.errors.square().sum(0)
-        own[:, rows] = undamped.clamp_min(0)
+        own[:, rows] = undamped.clamp_min(0) if evidence.feedback else factor.energies(rounded.errors)
         chosen = (rows % every == 0).nonzero()[:, 0]
         heldout[:, rows[chosen]] = energies(rounded.errors[:, :, chosen], evidence.heldout)
     return own, heldout[:, ::every]
-
-
-def _row_energy(weight: Tensor, evidence: Evidence) -> Tensor:
-    """(out,) wᵀHw of every row, from the factor: H + ridge·I = (I + M) D (I + M)ᵀ."""
-    factor = evidence.factor
-    turned = weight.T[factor.perm]
-    passed = turned + factor.feedback.T @ turned  # (I + M)ᵀ w
-    energy = (passed.square() * factor.pivots.unsqueeze(-1)).sum(0)
-    return (energy - factor.ridge * turned.square().sum(0)).clamp_min(0)
 
 
 def _trials(

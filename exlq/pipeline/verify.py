@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
 from exlq.errors import FormatError, ModelError, VerifyError
 from exlq.evaluate.divergence import Divergence, compare
 from exlq.formats.exl2_directory import Exl2Weights
-from exlq.models import Model, open_model
+from exlq.models import Model
 from exlq.pipeline.plan import Plan
 from exlq.workspace import Workspace
 
 CHECK_TOKENS = 16384  # of held-out rows, on which the finished model is compared with the base
-CHECKED_FROM_BPW = 3.0  # below, any divergence may be what was asked for
 ALLOWED_KL = 0.05
 ALLOWED_RATIO = 5.0
 
@@ -32,7 +33,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return whole.hexdigest()
 
 
-def verify_files(model: Model, directory: Path, digests: Mapping[str, str]) -> None:
+def verify_exl2(model: Model, directory: Path, digests: Mapping[str, str]) -> None:
     """Re-opens an EXL2 directory and compares every tensor with what was to be written.
 
     Args:
@@ -59,7 +60,32 @@ def verify_files(model: Model, directory: Path, digests: Mapping[str, str]) -> N
         raise VerifyError(f"the written files cannot be read back: {exc}") from exc
 
 
-def verify_model(plan: Plan, directory: Path, workspace: Workspace) -> Divergence:
+def verify_gguf(paths: Sequence[Path], types: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Re-opens a GGUF file, all its shards, with the gguf package and compares every tensor.
+
+    Args:
+        types: of every tensor, by name; `digests` of their bytes alike.
+
+    Raises:
+        VerifyError: naming the first tensor that differs or is missing.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, OSError) as exc:
+            raise VerifyError(f"{path} cannot be read back: {' '.join(str(exc).split())}") from exc
+        for tensor in reader.tensors:
+            stored = tensor.data.reshape(-1).view(np.uint8)  # mapped, not copied
+            found[tensor.name] = tensor.tensor_type.name, hashlib.sha256(stored).hexdigest()
+    for name, digest_wanted in digests.items():
+        if found.get(name) != (types[name], digest_wanted):
+            raise VerifyError(f"{paths[0]}: {name} is not what was written; check the disk, then run again")
+    if len(found) != len(digests):
+        raise VerifyError(f"{paths[0]} holds {len(found)} tensors, {len(digests)} were written; run again")
+
+
+def verify_model(plan: Plan, written: Model, workspace: Workspace) -> Divergence:
     """Runs the written model beside the base on rows no Hessian has seen.
 
     Raises:
@@ -67,27 +93,23 @@ def verify_model(plan: Plan, directory: Path, workspace: Workspace) -> Divergenc
     """
     rows, _ = plan.checked_rows()
     rows = rows[: max(1, CHECK_TOKENS // rows.shape[1])]
-    written = open_model(directory, Exl2Weights(directory), device=plan.model.device)
     found = compare(plan.model, written, rows, workspace)
     if not math.isfinite(found.kl_mean) or not math.isfinite(found.perplexity):
-        raise VerifyError(f"{directory}: the written model's logits are not finite; report the model")
+        raise VerifyError("the written model's logits are not finite; report the model")
     return found
 
 
-def judge(bpw: float, predicted: float, measured: float) -> None:
+def judge(predicted: float | None, measured: float) -> None:
     """Refuses a model that is worse than its measurement can explain.
 
-    Args:
-        bpw: what was asked for; what was got is a little less.
-
     Raises:
-        VerifyError: from 3 bits per weight, if the KL divergence is above both bounds.
+        VerifyError: if the KL divergence is above both bounds.
     """
-    allowed = max(ALLOWED_KL, ALLOWED_RATIO * predicted)
-    if bpw >= CHECKED_FROM_BPW and measured > allowed:
+    allowed = ALLOWED_KL if predicted is None else max(ALLOWED_KL, ALLOWED_RATIO * predicted)
+    if measured > allowed:
         raise VerifyError(
-            f"KL divergence {measured:.4f} at {bpw:.2f} bits per weight, at most {allowed:.4f} was expected "
-            f"(predicted {predicted:.4f}): the result is not to be trusted and was not put in place"
+            f"KL divergence {measured:.4f}, at most {allowed:.4f} was expected: the result is not to be "
+            "trusted and was not put in place"
         )
 
 

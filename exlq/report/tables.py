@@ -1,16 +1,17 @@
-"""Tables of plans, results and evaluations, for a terminal."""
+"""Tables of plans and results, for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from exlq.evaluate.divergence import Divergence
+from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.estimate import Estimate
-from exlq.pipeline.plan import Plan, reachable_bits
+from exlq.pipeline.output import Output
+from exlq.pipeline.plan import Plan
+from exlq.sizes import format_bytes
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
@@ -23,15 +24,14 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return built
 
 
-def plan_table(plan: Plan, estimate: Estimate) -> Table:
+def plan_table(plan: Plan, outputs: Sequence[Output], notes: Sequence[str], estimate: Estimate) -> Table:
     """What is about to be done and what it will take."""
-    low, high = (bits / plan.numel for bits in reachable_bits(plan))
     config, rows = plan.config, plan.rows
-    target = "measurement only" if config.bits is None else f"{config.bits:g} bits per weight"
     measured = plan.measurement_rows
     lines = [
         ("model", f"{config.in_dir} ({plan.model.family.architectures[0]}, {plan.model.n_blocks} blocks)"),
-        ("target", f"{target}, head {config.head_bits} bits; reachable {low:.3f} to {high:.3f}"),
+        ("target", _target(config)),
+        *((output.name, f"reachable {output.reach}") for output in outputs),
         (
             "calibration",
             f"{rows.record.file}, {rows.record.tokens:,} tokens in {rows.record.documents:,} texts",
@@ -40,73 +40,81 @@ def plan_table(plan: Plan, estimate: Estimate) -> Table:
         ("quantized on", _rows(rows.ids.shape, int(rows.heldout.sum()))),
         ("arithmetic", f"{estimate.gemm_flops / 1e9:,.0f} GFLOP/s in matrix products on {plan.model.device}"),
         ("time, about", f"{_duration(estimate.total_s)} ({_duration(estimate.measuring_s)} measuring)"),
-        ("memory, about", _size(estimate.memory_bytes)),
-        ("disk, about", f"{_size(estimate.disk_bytes)}, of which the result {_size(estimate.output_bytes)}"),
+        ("memory, about", format_bytes(estimate.memory_bytes)),
+        (
+            "disk, about",
+            f"{format_bytes(estimate.disk_bytes)}, of which the result {format_bytes(estimate.output_bytes)}",
+        ),
     ]
-    lines += [("note", note) for note in dict.fromkeys((*measured.record.notes, *rows.record.notes))]
-    return table("Plan", lines)
+    remarks = dict.fromkeys((*notes, *measured.record.notes, *rows.record.notes))
+    return table("Plan", [*lines, *(("note", remark) for remark in remarks)])
+
+
+def _target(config: ConvertConfig) -> str:
+    if not config.targets:
+        return "measurement only"
+    named = {
+        "-b": f"{config.bits} bits per weight, head {config.head_bits} bits",
+        "--file-size": f"at most {format_bytes(config.file_size or 0)}",
+        "--gguf-type": f"{config.gguf_type}",
+    }
+    return named[next(iter(config.targets))]
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The outcome of a conversion, from `summary.json`."""
-    result, output = summary["result"], summary["output"]
-    found = result["evaluation"]
-    return table(
-        "Result",
-        [
-            ("bits per weight", f"{result['bpw']:.4f} (asked {summary['target']['bits']:g})"),
-            ("optimality gap", f"{100 * result['optimality_gap']:.4f} %"),
-            ("size", f"{_size(output['bytes'])} (base {_size(output['base_bytes'])})"),
-            ("perplexity", f"{found['perplexity']:.4f} (base {found['perplexity_base']:.4f})"),
-            ("KL divergence", f"{found['kl_mean']:.5f} ± {found['kl_se']:.5f} nats per token (base 0)"),
-            ("predicted", f"{result['predicted_kl']:.5f}"),
-            ("same best token", f"{100 * found['top1_agreement']:.2f} %"),
-            (
-                "compared on",
-                f"{found['n_tokens']:,} tokens of {summary['calibration']['file']}, {result['evaluated_on']}",
-            ),
-            ("model", output["directory"]),
-            ("measurement", output["measurement"]),
-            ("peak memory", _size(summary["peak_anonymous_bytes"])),
-            ("time", ", ".join(f"{name} {_duration(s)}" for name, s in summary["seconds"].items())),
-        ],
-    )
+    evaluated = next(iter(summary["outputs"].values()))["evaluation"]
+    lines = [line for name, made in summary["outputs"].items() for line in _output_lines(name, made, summary)]
+    lines += [
+        (
+            "compared on",
+            f"{evaluated['n_tokens']:,} tokens of {summary['calibration']['file']}, "
+            f"{summary['evaluated_on']}",
+        ),
+        ("base", f"{format_bytes(summary['base_bytes'])}, perplexity {evaluated['perplexity_base']:.4f}"),
+        ("peak memory", format_bytes(summary["peak_anonymous_bytes"])),
+        ("time", ", ".join(f"{name} {_duration(s)}" for name, s in summary["seconds"].items())),
+    ]
+    if summary["measurement"]:
+        lines.append(("measurement", summary["measurement"]))
+    return table("Result", [*lines, *(("note", note) for note in summary["notes"])])
 
 
-def evaluation_table(name: str, found: Divergence, text: Path) -> Table:
-    """Figures of one model against its base, and the protocol they were taken by."""
-    return table(
-        f"{name} on {text.name}",
-        [
-            ("perplexity", f"{found.perplexity:.4f}"),
-            ("perplexity of the base", f"{found.perplexity_base:.4f}"),
-            ("KL divergence, mean", f"{found.kl_mean:.6f} ± {found.kl_se:.6f}"),
-            ("KL divergence, median", f"{found.kl_median:.6f}"),
-            ("KL divergence, 99 %", f"{found.kl_p99:.6f}"),
-            ("same best token", f"{100 * found.top1_agreement:.3f} %"),
-            ("noise floor of the KL", f"{found.noise_floor:.1e}"),
-            ("protocol", protocol(found)),
-        ],
-    )
+def _output_lines(name: str, made: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What became of one format."""
+    found, asked = made["evaluation"], summary["target"].get("-b")
+    size = format_bytes(made["bytes"])
+    if "file_bpw" in made:
+        size += f", {made['file_bpw']:.3f} bits per weight with embedding and head"
+    predicted = "not measured" if made["predicted_kl"] is None else f"{made['predicted_kl']:.5f}"
+    lines = [
+        (f"{name}: bits per weight", f"{made['bpw']:.4f}" + (f" (asked {asked:g})" if asked else "")),
+        ("size", size),
+        ("perplexity", f"{found['perplexity']:.4f}"),
+        ("KL divergence", f"{found['kl_mean']:.5f} ± {found['kl_se']:.5f} nats per token (base 0)"),
+        ("predicted", predicted),
+        ("same best token", f"{100 * found['top1_agreement']:.2f} %"),
+    ]
+    if made["optimality_gap"] is not None:
+        lines.append(("optimality gap", f"{100 * made['optimality_gap']:.4f} %"))
+    lines += [("file", path) for path in made["paths"]]
+    return [*lines, *(("note", note) for note in made["notes"])]
 
 
-def protocol(found: Divergence) -> str:
-    """How an evaluation was made, in words."""
-    return (
-        f"{found.n_chunks} chunks of {found.context} tokens, each alone and opened by BOS where the "
-        f"tokenizer adds one, second half scored ({found.n_tokens:,} tokens), float32, as llama-perplexity"
-    )
+def types_table(rows: Iterable[tuple[str, str, int]], total: int) -> Table:
+    """Every tensor's name, type and bytes, and the bytes of the file."""
+    built = Table(title="Tensors", title_justify="left")
+    for heading, justify in (("tensor", "left"), ("type", "left"), ("bytes", "right")):
+        built.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for name, kind, n_bytes in rows:
+        built.add_row(name, kind, f"{n_bytes:,}")
+    built.add_section()
+    built.add_row("the file with its metadata", "", f"{total:,}")
+    return built
 
 
 def _rows(shape: tuple[int, ...], heldout: int) -> str:
     return f"{shape[0]} rows of {shape[1]} tokens, {heldout} of them held out"
-
-
-def _size(n_bytes: float) -> str:
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if n_bytes >= scale:
-            return f"{n_bytes / scale:.2f} {unit}"
-    return f"{n_bytes / 1024:.1f} KiB"
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exlq.evaluate import divergence
+from exlq.evaluate import divergence, predictor
 from exlq.evaluate.divergence import Divergence, compare
 from exlq.workspace import Workspace
 from tests.models.conftest import opened, whole_logits
@@ -90,7 +90,7 @@ def test_the_pieces_it_works_in_do_not_matter(
     pair: Pair, chunks: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(pair, chunks, tmp_path)
-    monkeypatch.setattr(divergence, "TOKENS_AT_ONCE", 90)
+    monkeypatch.setattr(predictor, "TOKENS_AT_ONCE", 90)
     monkeypatch.setattr(divergence, "POSITIONS_AT_ONCE", 7)
     pieces = run(pair, chunks, tmp_path)
     assert pieces.n_tokens == whole.n_tokens

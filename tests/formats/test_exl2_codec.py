@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from exlq.errors import FormatError
+from exlq.formats.codec import Role
 from exlq.formats.exl2 import SUFFIXES
 from exlq.formats.exl2_codec import Exl2Codec
 from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS
@@ -28,7 +32,7 @@ def quantized(spec: LinearSpec, option: Option, parts: int) -> tuple[dict[str, T
     values, levels, grids, leader = torch.empty_like(weight), torch.empty(weight.shape).byte(), [], None
     for part in range(parts):
         rows = torch.arange(part, spec.out_features, parts)
-        grid = CODEC.grid(spec, [option], factor, len(rows), leader)
+        grid = CODEC.grid(spec, [option], factor, weight[:, rows], leader)
         values[:, rows] = sweep(weight[:, rows].contiguous(), factor, grid, 1).values[:, 0]
         levels[:, rows] = CODEC.levels(spec, option, grid, values[:, rows])
         grids.append((rows, grid))
@@ -44,7 +48,7 @@ def test_unpacked_is_what_the_sweep_left_in_the_bits_announced(
     spec = LinearSpec("model.layers.0.mlp.up_proj", *shape)
     tensors, left, factor = quantized(spec, option, parts=1)
     assert tuple(tensors) == SUFFIXES
-    assert torch.equal(CODEC.unpack(tensors, spec), left)
+    assert torch.equal(CODEC.unpack(tensors, spec, option), left)
     stored_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert CODEC.storage_bits(spec, option) == 8 * stored_bytes
     assert torch.equal(tensors["q_invperm"].long()[factor.perm], torch.arange(spec.in_features))
@@ -54,21 +58,26 @@ def test_unpacked_is_what_the_sweep_left_in_the_bits_announced(
 def test_rows_swept_in_parts_keep_the_law(option: Option) -> None:
     spec = LinearSpec("model.layers.0.mlp.up_proj", 192, 100)
     tensors, left, _ = quantized(spec, option, parts=3)
-    assert torch.equal(CODEC.unpack(tensors, spec), left)
+    assert torch.equal(CODEC.unpack(tensors, spec, option), left)
 
 
 @pytest.mark.parametrize(("in_features", "complaint"), [(80, "multiple of 32"), (65568, "can address 65535")])
 def test_a_matrix_exl2_cannot_hold_is_refused_by_name(in_features: int, complaint: str) -> None:
     spec = LinearSpec("model.layers.7.mlp.down_proj", in_features, 64)
-    for options in (CODEC.options, CODEC.head_options):
+    roles: tuple[Role, ...] = ("linear", "head", "tied head", "embedding")
+    asked: list[Callable[[LinearSpec], tuple[Option, ...]]] = [CODEC.options]
+    asked += [partial(CODEC.measured, role=role) for role in roles]
+    for ask in asked:
         with pytest.raises(FormatError, match=f"model.layers.7.mlp.down_proj.*{complaint}"):
-            options(spec)
+            ask(spec)
 
 
 def test_the_tables_are_those_of_the_format() -> None:
     spec = LinearSpec("lm_head", 64, 100)
-    assert CODEC.options(spec) == OPTIONS
-    assert CODEC.head_options(spec) == tuple(CODEC.head_option(bits) for bits in (2, 3, 4, 5, 6, 8))
+    assert CODEC.options(spec) == CODEC.measured(spec, "linear") == OPTIONS
+    heads = tuple(CODEC.head_option(spec, bits) for bits in (2, 3, 4, 5, 6, 8))
+    assert CODEC.measured(spec, "head") == CODEC.measured(spec, "tied head") == heads
+    assert CODEC.measured(spec, "embedding") == (), "it stays in float16"
 
 
 @pytest.mark.parametrize(

@@ -161,3 +161,27 @@ def test_energies_are_the_quadratic_forms_of_columns() -> None:
     ]
     torch.testing.assert_close(found, torch.tensor(exact), rtol=1e-5, atol=0)
     assert torch.equal(error, before)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_factors_energies_are_those_of_the_hessian_without_its_ridge(act_order: bool) -> None:
+    of = correlated_hessian(96, seed=13)
+    factor = hessian.factor(of, act_order=act_order)
+    error = torch.randn(96, 3, 5, generator=torch.Generator().manual_seed(14))
+    before = error.clone()
+    ordered = of[factor.perm][:, factor.perm].double()
+    exact = torch.einsum("iab,ij,jab->ab", error.double(), ordered, error.double())
+    torch.testing.assert_close(factor.energies(error).double(), exact, rtol=1e-4, atol=0)
+    assert torch.equal(error, before)
+
+
+def test_a_factor_knows_the_damped_diagonal_and_can_be_reduced_to_it() -> None:
+    of = correlated_hessian(96, seed=15)
+    factor = hessian.factor(of)
+    diagonal = damped(of, factor).diagonal()
+    torch.testing.assert_close(factor.diagonal().double(), diagonal, rtol=1e-5, atol=0)
+    reduced = factor.without_feedback()
+    assert torch.equal(reduced.perm, factor.perm)
+    assert not reduced.feedback.any()
+    torch.testing.assert_close(reduced.pivots.double(), diagonal, rtol=1e-5, atol=0)
+    assert factor.feedback.any(), "the factor itself is left alone"

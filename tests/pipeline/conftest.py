@@ -14,6 +14,7 @@ import pytest
 
 from exlq.pipeline.config import ConvertConfig
 from tests.conftest import REPOSITORY
+from tests.helpers import make_model
 from tests.pipeline.helpers import convert, settings, write_ids, write_texts
 
 COMMITTED = REPOSITORY / "measurements" / "tiny-llama.json"
@@ -30,6 +31,10 @@ class Finished:
     @property
     def model(self) -> Path:
         return self.config.out_dir / "exl2"
+
+    @property
+    def gguf(self) -> Path:
+        return self.config.out_dir / "gguf"
 
     @property
     def measurement(self) -> Path:
@@ -50,6 +55,21 @@ def ids_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(llama: Path, ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The tiny llama at 6 bits per weight."""
     config = settings(llama, tmp_path_factory.mktemp("finished") / "out", ids_file)
+    return Finished(config, convert(config))
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama whose rows are whole blocks of 256 but for those of attn_output."""
+    directory = tmp_path_factory.mktemp("wide") / "wide"
+    return make_model("llama", directory, tied=False, hidden_size=256, intermediate_size=512)
+
+
+@pytest.fixture(scope="session")
+def both(wide: Path, ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The wide llama at 4.5 bits per weight in both formats, which is what is made without --format."""
+    out = tmp_path_factory.mktemp("both") / "out"
+    config = settings(wide, out, ids_file, bits=4.5, formats=None, measure=None)
     return Finished(config, convert(config))
 
 

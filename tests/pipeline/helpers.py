@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from exlq import measurement
+from exlq.measurement import LinearRecord, Measurement, OptionRecord
 from exlq.models import Model
 from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig
+from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import Progress, silent
+from exlq.types import LinearSpec
 
 SMALL: dict[str, Any] = {"rows": 24, "length": 64, "measurement_rows": 24, "measurement_length": 64}
 SMALL_FLAGS = ["-r", "24", "-l", "64", "-mr", "24", "-ml", "64"]
@@ -38,9 +44,9 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 
 
 def settings(in_dir: Path, out_dir: Path, calibration: Path, **changes: Any) -> ConvertConfig:
-    return ConvertConfig(
-        in_dir=in_dir, out_dir=out_dir, calibration=calibration, **{"bits": 6.0, **SMALL, **changes}
-    )
+    """EXL2 at 6 bits per weight, unless what is changed says otherwise."""
+    wanted = {"bits": 6.0, "formats": ("exl2",), "measure": ("exl2",), **SMALL, **changes}
+    return ConvertConfig(in_dir=in_dir, out_dir=out_dir, calibration=calibration, **wanted)
 
 
 def convert(config: ConvertConfig, progress: Progress = silent) -> dict[str, Any]:
@@ -80,6 +86,68 @@ def perturbed(directory: Path, target: Path, spread: float) -> Path:
     }
     edit_tensors(path, **{name.replace(".", "__"): tensor for name, tensor in noisy.items()})
     return target
+
+
+def made_up(config: ConvertConfig, path: Path) -> Path:
+    """A record of every matrix and option, with losses that fall with the bits; nothing is measured."""
+    plan = make_plan(config)
+    linears = []
+    for place, spec in enumerate(plan.specs.values()):
+        options = [
+            OptionRecord(
+                o.desc, bits / spec.numel, bits, 0.1, o.qparams, 0.1, made_up_loss(place, spec, bits)
+            )
+            for codec, options in plan.tried(spec)
+            for o, bits in ((o, codec.storage_bits(spec, o)) for o in options)
+        ]
+        if options:
+            linears.append(LinearRecord(spec.key, spec.numel, tuple(options), 1.0, ties(plan).get(spec.key)))
+    measurement.save(Measurement(**plan.origin, linears=tuple(linears)), path)
+    return path
+
+
+def made_up_loss(place: int, spec: LinearSpec, bits: int) -> float:
+    return float((1 + place % 3) * spec.numel * 2e-6 * 4.0 ** -(bits / spec.numel))
+
+
+def ties(plan: Plan) -> dict[str, str | None]:
+    blocks = range(plan.model.n_blocks)
+    return {linear.spec.key: linear.tie for index in blocks for linear in plan.model.linears(index)}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A GGUF file, all its shards, as the gguf package reads it."""
+
+    tensors: dict[str, gguf.ReaderTensor]
+    fields: dict[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> Stored:
+        readers = [gguf.GGUFReader(path) for path in sorted(directory.glob("*.gguf"))]
+        tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        assert len(tensors) == sum(len(reader.tensors) for reader in readers)
+        fields = {name: field.contents() for name, field in readers[0].fields.items()}
+        return cls(tensors, fields)
+
+    @property
+    def types(self) -> dict[str, str]:
+        return {name: tensor.tensor_type.name for name, tensor in self.tensors.items()}
+
+    @property
+    def decoder_bpw(self) -> float:
+        """8 × bytes of rows over weights, of all matrices inside blocks."""
+        of = [t for t in self.tensors.values() if t.name.startswith("blk.") and len(t.shape) == 2]
+        return 8 * sum(int(t.n_bytes) for t in of) / sum(int(t.n_elements) for t in of)
+
+    def values(self, name: str) -> Tensor:
+        """(out, in) float32."""
+        tensor = self.tensors[name]
+        return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+
+
+def file_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.gguf"))
 
 
 def stored_bits(directory: Path) -> dict[str, int]:
@@ -125,10 +193,11 @@ class Place:
         self.out = directory / "out"
 
     def arguments(self, *more: str, **changed: Path) -> list[str]:
-        """A command that works, unless what is changed or added says otherwise; the last flag wins."""
+        """A command that makes EXL2, unless what is changed or added says otherwise; the last flag wins."""
         model, ids, out = (changed.get(name, getattr(self, name)) for name in ("model", "ids", "out"))
         where = ["-i", str(model), "-o", str(out), "-c", str(ids)]
-        return ["convert", *where, "-b", "6.0", *SMALL_FLAGS, *more]
+        formats = ["--format", "exl2", "--measure", "exl2"]
+        return ["convert", *where, "-b", "6.0", *formats, *SMALL_FLAGS, *more]
 
     def model_copy(self) -> Path:
         return copied(self.model, self.directory / "model")

@@ -11,8 +11,22 @@ import pytest
 
 from exlq.errors import ConfigError
 from exlq.pipeline import directory
-from exlq.pipeline.directory import prepare_work, put_in_place, require_parent, require_replaceable
+from exlq.pipeline.directory import (
+    prepare_work,
+    put_files_in_place,
+    put_in_place,
+    require_directory,
+    require_parent,
+    require_replaceable,
+)
 from tests.pipeline.helpers import contents
+
+
+def files(place: Path, *names: str) -> Path:
+    place.mkdir(parents=True)
+    for name in names:
+        (place / name).write_text(f"{place.name} {name}", encoding="utf-8")
+    return place
 
 
 def model(place: Path, name: str, ours: bool = True) -> Path:
@@ -140,3 +154,45 @@ def test_a_measurements_place_must_be_there_or_become_the_jobs(tmp_path: Path) -
     require_parent(tmp_path / "out" / "m.json", tmp_path / "out")
     with pytest.raises(ConfigError, match=r"-om .*there is no directory .*none; make it"):
         require_parent(tmp_path / "none" / "m.json", tmp_path / "out")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_finished_files_take_the_places_of_their_namesakes_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    if elsewhere:
+        monkeypatch.setattr(Path, "stat", stat_on_two_devices)
+    target = files(tmp_path / "gguf", "a-4.00bpw.gguf", "a-5.00bpw.gguf", "notes.txt")
+    finished = files(tmp_path / "work" / "exl2", "a-4.00bpw.gguf", "a-4.00bpw.types.txt")
+    moved = put_files_in_place(finished, target)
+    assert moved == [target / "a-4.00bpw.gguf", target / "a-4.00bpw.types.txt"]
+    assert {path: path.read_text(encoding="utf-8") for path in target.iterdir()} == {
+        target / "a-4.00bpw.gguf": "exl2 a-4.00bpw.gguf",
+        target / "a-4.00bpw.types.txt": "exl2 a-4.00bpw.types.txt",
+        target / "a-5.00bpw.gguf": "gguf a-5.00bpw.gguf",
+        target / "notes.txt": "gguf notes.txt",
+    }
+    assert not finished.exists()
+
+
+@pytest.mark.parametrize("new", [["a.gguf"], ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]])
+@pytest.mark.parametrize("old", [["a.gguf"], [f"a-0000{i}-of-00003.gguf" for i in (1, 2, 3)]])
+def test_no_shard_of_an_earlier_file_of_the_name_is_left(
+    tmp_path: Path, old: list[str], new: list[str]
+) -> None:
+    target = files(tmp_path / "gguf", *old, "a-b.gguf", "ab-00001-of-00002.gguf")
+    put_files_in_place(files(tmp_path / "work" / "gguf", *new), target)
+    kept = {path.name for path in target.iterdir()}
+    assert kept == {*new, "a-b.gguf", "ab-00001-of-00002.gguf"}
+
+
+def test_files_are_not_put_where_a_file_stands(tmp_path: Path) -> None:
+    a_file(tmp_path / "gguf")
+    finished = files(tmp_path / "work", "a.gguf")
+    with pytest.raises(ConfigError, match="gguf exists and is no directory: move it away"):
+        require_directory(tmp_path / "gguf")
+    with pytest.raises(ConfigError, match="gguf exists and is no directory: move it away"):
+        put_files_in_place(finished, tmp_path / "gguf")
+    assert (finished / "a.gguf").exists()
+    require_directory(tmp_path / "none")
+    require_directory(finished)

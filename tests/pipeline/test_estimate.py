@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exlq.pipeline.estimate import estimate, gemm_rate, output_bytes
+from exlq.pipeline.estimate import estimate, gemm_rate
+from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.plan import make_plan
 from tests.pipeline.conftest import Finished
 from tests.pipeline.helpers import settings, stored_bits
@@ -20,15 +21,16 @@ def test_the_size_it_announces_is_that_of_the_files(finished: Finished, bundled:
         stored = 0
         for path in done.model.glob("*.safetensors"):
             stored += sum(t.numel() * t.element_size() for t in load_file(path).values())
-        assert stored == pytest.approx(output_bytes(plan), rel=0.002)
+        ((output,), _) = make_outputs(plan)
+        assert stored == pytest.approx(output.estimated_bytes(), rel=0.002)
         assert sum(stored_bits(done.model).values()) / 8 < stored
 
 
 def test_its_estimate_grows_with_the_work(llama: Path, ids_file: Path, tmp_path: Path) -> None:
-    little, much = (
-        estimate(make_plan(settings(llama, tmp_path / "out", ids_file, rows=n, measurement_rows=n)))
-        for n in (16, 128)
-    )
+    plans = [
+        make_plan(settings(llama, tmp_path / "out", ids_file, rows=n, measurement_rows=n)) for n in (16, 128)
+    ]
+    little, much = (estimate(plan, make_outputs(plan)[0]) for plan in plans)
     assert 0 < little.measuring_s * little.gemm_flops < much.measuring_s * much.gemm_flops
     assert 0 < little.quantizing_s * little.gemm_flops < much.quantizing_s * much.gemm_flops
     assert little.total_s == little.measuring_s + little.quantizing_s

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from safetensors.torch import load_file
 from exlq import measurement
 from exlq.errors import VerifyError
 from exlq.evaluate.divergence import Divergence
-from exlq.formats.exl2_directory import Exl2Weights
+from exlq.formats.exl2_directory import Exl2Weights, Exl2Writer
 from exlq.models import Model, open_model
 from exlq.pipeline import job, verify
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.write import write_exl2
 from tests.models.conftest import streamed_logits, whole_logits
 from tests.pipeline.conftest import Finished
 from tests.pipeline.helpers import Events, block_is_read, contents, convert
@@ -64,39 +61,45 @@ def test_the_summary_holds_the_figures_of_this_run(finished: Finished) -> None:
     summary = finished.summary
     stored = json.loads((finished.config.out_dir / "summary.json").read_text(encoding="utf-8"))
     assert stored == json.loads(json.dumps(summary))
-    assert summary["target"] == {"bits": 6.0, "head_bits": 6}
+    assert summary["target"] == {"-b": 6.0}
+    assert summary["outputs"].keys() == {"exl2"}
+    assert stored["notes"] == [], "no format was left out"
     assert summary["command"] == "a command"
     assert summary["seconds"].keys() == {"measuring", "allocating", "quantizing", "verifying"}
     assert all(seconds > 0 for seconds in summary["seconds"].values())
     size = (finished.model / "output.safetensors").stat().st_size
     base = (finished.config.in_dir / "model.safetensors").stat().st_size
-    output = summary["output"]
-    assert (output["bytes"], output["base_bytes"]) == (size, base)
-    assert output["directory"] == str(finished.model)
-    assert output["measurement"] == str(finished.measurement)
+    output = summary["outputs"]["exl2"]
+    assert (output["bytes"], summary["base_bytes"]) == (size, base)
+    assert output["paths"] == [str(finished.model)]
+    assert summary["measurement"] == str(finished.measurement)
     assert summary["settings"]["states"] == "float32"
     assert summary["calibration"]["file"] == "ids.parquet"
     assert summary["machine"]["threads"] == torch.get_num_threads()
-    assert summary["result"]["optimality_gap"] >= 0
+    assert output["optimality_gap"] >= 0
+    assert output["head_bits"] == 6
 
 
 def test_the_summary_names_the_way_every_linear_is_stored(finished: Finished) -> None:
     record = measurement.load(finished.measurement)
     sizes = {(x.key, o.desc): o.total_bits for x in record.linears for o in x.options}
-    allocation = dict(finished.summary["allocation"])
+    output = finished.summary["outputs"]["exl2"]
+    allocation = dict(output["allocation"])
     assert allocation.pop("lm_head") == "0.15:8b/0.85:6b 32g s4"
     assert len(allocation) == 14
     total = sum(sizes[key, desc] for key, desc in allocation.items())
-    assert total == finished.summary["result"]["total_bits"]
+    numel = sum(x.numel for x in record.linears if x.key in allocation)
+    assert total / numel == output["bpw"]
 
 
 def test_the_record_says_what_was_predicted_and_what_was_measured(finished: Finished) -> None:
     (name, found), *others = measurement.load(finished.measurement).extra["evaluations"].items()
     assert not others
-    assert re.search(r"6\.0 bpw", name)
-    evaluation = finished.summary["result"]["evaluation"]
+    assert name == "exl2 -b 6.0 -hb 6"
+    output = finished.summary["outputs"]["exl2"]
+    evaluation = output["evaluation"]
     assert found["measured"] == evaluation
-    assert found["predicted_kl"] == finished.summary["result"]["predicted_kl"]
+    assert found["predicted_kl"] == output["predicted_kl"]
     assert found["predicted_kl"] / 3 < evaluation["kl_mean"] < found["predicted_kl"] * 3
 
 
@@ -108,9 +111,10 @@ def test_a_finished_job_is_known_again_by_its_settings_and_its_inputs(
     monkeypatch.setattr(Model, "block", block_is_read)
     found = job.finished_summary(again)
     assert found is not None
-    assert found["result"] == summary["result"]
+    assert found["outputs"] == json.loads(json.dumps(summary["outputs"]))
     assert job.finished_summary(replace(again, threads=2)) is not None
     changed: list[dict[str, Any]] = [{"bits": 5.0}, {"head_bits": 8}, {"seed": 1}, {"no_resume": True}]
+    changed += [{"formats": None}, {"gptq": False}, {"measure": None}]
     for changes in changed:
         assert job.finished_summary(replace(again, **changes)) is None
     (again.out_dir / "exl2").rename(again.out_dir / "elsewhere")
@@ -146,14 +150,14 @@ def test_another_target_replaces_the_model_only_when_it_is_verified(
     assert (again.out_dir / "summary.json").read_bytes() == summary
     real, seen = verify.judge, []
 
-    def judged(*figures: float) -> None:
+    def judged(predicted: float | None, measured: float) -> None:
         seen.append(contents(target))
-        real(*figures)
+        real(predicted, measured)
 
     monkeypatch.setattr(verify, "judge", judged)
     new = convert(replace(again, bits=4.0))
     assert seen == [old], "the old model stood while the new one was verified"
-    assert new["result"]["bpw"] <= 4.0
+    assert new["outputs"]["exl2"]["bpw"] <= 4.0
     assert len(contents(target)["output.safetensors"]) < len(old["output.safetensors"])
     assert {path.name for path in (again.out_dir / "work").iterdir()} == {"job.json"}
 
@@ -173,15 +177,16 @@ def test_an_interruption_while_quantizing_leaves_the_old_model(
 def test_a_byte_that_changes_between_writing_and_reading_fails_the_job(
     again: ConvertConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def corrupting(plan: Any, choice: Any, directory: Path, *rest: Any) -> Mapping[str, str]:
-        digests = write_exl2(plan, choice, directory, *rest)
-        path = directory / "output.safetensors"
+    real = Exl2Writer.close
+
+    def corrupting(writer: Exl2Writer, *rest: Any) -> None:
+        real(writer, *rest)
+        path = again.out_dir / "work" / "exl2" / "output.safetensors"
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
-        return digests
 
-    monkeypatch.setattr(job, "write_exl2", corrupting)
+    monkeypatch.setattr(Exl2Writer, "close", corrupting)
     with pytest.raises(VerifyError, match="is not what was written"):
         convert(again)
     assert not (again.out_dir / "exl2").exists()
@@ -205,7 +210,7 @@ def test_cf_puts_the_model_elsewhere_and_replaces_only_our_own(
     config = replace(again, compile_full=place)
     summary = convert(config)
     assert contents(place) == contents(finished.model)
-    assert summary["output"]["directory"] == str(place)
+    assert summary["outputs"]["exl2"]["paths"] == [str(place)]
     assert not (again.out_dir / "exl2").exists()
     convert(replace(config, bits=5.0))
     assert contents(place) != contents(finished.model)
@@ -232,5 +237,6 @@ def test_a_model_in_shards_reads_back(bundled: Finished) -> None:
 def test_one_held_out_row_is_enough_for_a_job(again: ConvertConfig) -> None:
     config = replace(again, measurement=None, rows=8, measurement_rows=8, length=16, measurement_length=16)
     summary = convert(config)
-    assert summary["result"]["evaluation"]["n_chunks"] == 1
-    assert summary["result"]["evaluation"]["kl_se"] > 0
+    evaluation = summary["outputs"]["exl2"]["evaluation"]
+    assert evaluation["n_chunks"] == 1
+    assert evaluation["kl_se"] > 0

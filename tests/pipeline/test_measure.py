@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from exlq import measurement
 from exlq.errors import InputError, MeasurementError
+from exlq.formats import CODECS
 from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS
 from exlq.measurement import LinearRecord
 from exlq.models import Model
@@ -101,10 +102,11 @@ def test_hessians_are_of_the_models_own_inputs_on_the_rows_each_is_for(
         calibration.append(matrix.clone())
         return real_factor(matrix, **arguments)
 
-    def recording(plan: Any, spec: Any, weight: Tensor, evidence: Evidence, *rest: Any) -> LinearRecord:
+    def recording(plan: Any, spec: Any, of: Callable[[Any], Evidence], *rest: Any) -> LinearRecord:
+        evidence = of(CODECS["exl2"])
         back = torch.argsort(evidence.factor.perm)
         heldout[spec.key] = evidence.heldout[back][:, back]
-        return real_record(plan, spec, weight, evidence, *rest)
+        return real_record(plan, spec, of, *rest)
 
     monkeypatch.setattr(hessian, "factor", factor)
     monkeypatch.setattr(measure, "_record", recording)
@@ -147,7 +149,7 @@ def test_no_gradient_is_taken_on_a_held_out_row(
     seen: list[Tensor] = []
     real = sensitivity.fisher
 
-    def recording(model: Model, rows: Tensor, *rest: Any) -> Mapping[str, Tensor]:
+    def recording(model: Model, rows: Tensor, *rest: Any) -> sensitivity.Sensitivity:
         seen.append(rows)
         return real(model, rows, *rest)
 
@@ -242,6 +244,7 @@ DIFFERENCES: dict[str, Callable[[Finished, Path], ConvertConfig]] = {
     "calibration row_length": lambda finished, _: replace(finished.config, measurement_length=32),
     "settings seed": lambda finished, _: replace(finished.config, seed=1),
     "settings states": lambda finished, _: replace(finished.config, states="bf16"),
+    "settings rounding": lambda finished, _: replace(finished.config, gptq=False),
 }
 
 
@@ -255,7 +258,7 @@ def test_a_measurement_of_something_else_is_refused_with_the_difference_named(
         patched.setattr(Model, "block", block_is_read)
         with pytest.raises(MeasurementError, match=f"{name}: measured .*, now .*--force-measurement"):
             convert(config)
-    assert convert(replace(config, force_measurement=True))["result"]["bpw"] <= 6.0
+    assert convert(replace(config, force_measurement=True))["outputs"]["exl2"]["bpw"] <= 6.0
 
 
 BREAKAGES: dict[str, Callable[[Any], Any]] = {
@@ -281,13 +284,8 @@ def test_a_damaged_measurement_is_refused_before_a_block_is_read(
 
 
 def test_states_in_bf16_are_half_as_large_and_said_in_the_record(finished: Finished, tmp_path: Path) -> None:
-    config = replace(
-        finished.config,
-        out_dir=tmp_path / "out",
-        states="bf16",
-        bits=None,
-        output_measurement=tmp_path / "m.json",
-    )
+    places: dict[str, Any] = {"out_dir": tmp_path / "out", "output_measurement": tmp_path / "m.json"}
+    config = replace(finished.config, states="bf16", bits=None, **places)
     with pytest.raises(KeyboardInterrupt):
         convert(config, Events(("measuring", 1)))
     assert (tmp_path / "out" / "work" / "states.bin").stat().st_size == 24 * 64 * 64 * 2

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from exlq.errors import ModelError, TargetError
+from exlq.formats.exl2_codec import Exl2Codec
+from exlq.formats.exl2_options import OPTIONS
 from exlq.models import Model
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.plan import Plan, budget_bits, make_plan, reachable_bits
+from exlq.pipeline.outputs import make_outputs
+from exlq.pipeline.plan import Plan, make_plan
 from tests.helpers import make_model
 from tests.pipeline.helpers import block_is_read, settings, write_ids
 
@@ -81,17 +84,13 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_range_it_names_is_the_range_there_is(llama: Path, ids_file: Path, tmp_path: Path) -> None:
     config = settings(llama, tmp_path / "out", ids_file)
     plan = make_plan(config)
-    low, high = reachable_bits(plan)
-    smallest = low / plan.numel
-    assert make_plan(replace(config, bits=smallest)).config.bits == smallest
-    with pytest.raises(TargetError, match=f"{smallest:.4f} to {high / plan.numel:.4f} bits per weight"):
-        make_plan(replace(config, bits=smallest - 1e-6))
-
-
-def test_the_budget_is_never_above_the_bits_asked_for(llama: Path, ids_file: Path, tmp_path: Path) -> None:
-    plan = make_plan(settings(llama, tmp_path / "out", ids_file))
-    for bits in (2.5, 3.3, 4.1, 4.999999, 6.0):
-        assert bits * plan.numel - 1 < budget_bits(plan, bits) <= bits * plan.numel
+    codec = Exl2Codec()
+    sizes = [[codec.storage_bits(spec, option) for option in OPTIONS] for spec in plan.linears]
+    smallest, largest = (sum(map(of, sizes)) / plan.numel for of in (min, max))
+    ((output,), _) = make_outputs(make_plan(replace(config, bits=smallest)))
+    assert output.reach == f"{smallest:.3f} to {largest:.3f} bits per weight"
+    with pytest.raises(TargetError, match=f"{smallest:.4f} to {largest:.4f} bits per weight"):
+        make_outputs(make_plan(replace(config, bits=smallest - 1e-6)))
 
 
 @pytest.mark.usefixtures("untouched")
@@ -110,7 +109,7 @@ def test_the_origin_names_what_a_measurement_depends_on(llama: Path, ids_file: P
     assert plan.origin["model"]["architecture"] == "LlamaForCausalLM"
     assert plan.origin["model"]["sha256"].keys() == {"config.json", "model.safetensors"}
     assert len(plan.origin["model"]["tokenizer_sha256"]) == 64
-    assert plan.origin["settings"] == {"states": "bf16", "seed": 3}
+    assert plan.origin["settings"] == {"states": "bf16", "seed": 3, "rounding": "gptq"}
     calibration = plan.origin["calibration"]
     assert (calibration["file"], calibration["rows"], calibration["row_length"]) == ("ids.parquet", 24, 64)
     assert calibration["seed"] == 3

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from exlq.errors import HessianError
+from exlq.formats.exl2_codec import Exl2Codec
 from exlq.models import Block
 from exlq.numerics import hessian
 from exlq.numerics.hessian import HessianSum
@@ -24,6 +25,7 @@ from tests.models.conftest import whole_model
 from tests.pipeline.conftest import TinyMaker
 from tests.pipeline.helpers import settings
 
+CODEC = Exl2Codec()
 FAMILIES = ["llama", "gemma2", "phi3"]
 COARSEST, FINEST = 0, -1
 
@@ -34,8 +36,8 @@ def plan_of(tiny: TinyMaker, ids_file: Path, tmp_path: Path) -> Callable[[str], 
 
 
 def every_linear_at(plan: Plan, index: int) -> Mapping[str, Option]:
-    options = {spec.key: plan.codec.options(spec)[index] for spec in plan.linears}
-    return options | {"lm_head": plan.codec.head_option(6)}
+    options = {spec.key: CODEC.options(spec)[index] for spec in plan.linears}
+    return options | {"lm_head": CODEC.head_option(plan.model.head, 6)}
 
 
 def factored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -54,8 +56,8 @@ def factored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def quantized(plan: Plan, options: Mapping[str, Option], scratch: Path) -> dict[str, Tensor]:
     """The weight each linear gives back, in the order they came."""
     found = {}
-    for spec, tensors in quantized_linears(plan, options, Workspace(scratch), silent):
-        found[spec.key] = plan.codec.unpack(tensors, spec)
+    for spec, tensors in quantized_linears(plan, CODEC, options, Workspace(scratch), silent):
+        found[spec.key] = CODEC.unpack(tensors, spec, options[spec.key])
     return found
 
 
@@ -138,6 +140,23 @@ def test_at_high_bits_later_inputs_hardly_differ_from_the_models_own(
     untouched = Substituted(plan)
     for stage, found in zip(stages_in_order(plan), seen, strict=True):
         assert apart(found, untouched.hessian_before(stage[0])) < 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_quantized_embedding_is_felt_by_the_first_hessian(
+    tiny: TinyMaker, ids_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    plan = make_plan(settings(tiny(family, False), tmp_path / "out", ids_file))
+    seen, oracle = factored(monkeypatch), Substituted(plan)
+    stored = plan.model.linear_weight(plan.model.embedding_key)
+    coarse = (stored * 8).round() / 8
+    options = every_linear_at(plan, FINEST)
+    next(iter(quantized_linears(plan, CODEC, options, Workspace(tmp_path), silent, coarse)))
+    untouched = oracle.hessian_before("model.layers.0.self_attn.q_proj")
+    with torch.no_grad():
+        oracle.model.get_input_embeddings().weight.copy_(coarse)
+    assert apart(seen[0], oracle.hessian_before("model.layers.0.self_attn.q_proj")) < 1e-4
+    assert apart(seen[0], untouched) > 0.001
 
 
 def test_a_held_out_row_reaches_no_hessian(

@@ -67,7 +67,7 @@ def test_it_equals_autograd_through_the_whole_model(
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", at_once)
     directory = tiny(family, True)
     model = opened(directory)
-    found = dict(sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, silent))
+    found = dict(sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, silent).outputs)
     *_, last = streamed_states(model, rows)
     labels = model.sample_labels(last, torch.Generator().manual_seed(SEED))
     wanted = autograd_fisher(directory, rows, labels)
@@ -88,7 +88,50 @@ def test_the_heads_information_is_the_expected_variance_of_each_token(
     found = sensitivity.fisher(opened(directory), rows, Workspace(tmp_path), SEED, silent)
     p = whole_logits(directory, rows).double().softmax(-1).flatten(0, 1)
     wanted = (p * (1 - p)).mean(0)
-    assert (found["lm_head"] - wanted).abs().max() < 1e-5 * wanted.max()
+    assert (found.outputs["lm_head"] - wanted).abs().max() < 1e-5 * wanted.max()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_embeddings_moment_is_that_of_autograds_gradients(
+    tiny: TinyMaker, tmp_path: Path, rows: Tensor, family: str
+) -> None:
+    """Of the stored embedding: Gemma scales what it takes from it."""
+    directory = tiny(family, family == "gemma2")
+    model = opened(directory)
+    found = sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, silent)
+    *_, last = streamed_states(model, rows)
+    labels = model.sample_labels(last, torch.Generator().manual_seed(SEED))
+    whole = whole_model(directory)
+    stored = whole.get_input_embeddings().weight.detach()[rows].requires_grad_()
+    scale = model.hidden_size**0.5 if family == "gemma2" else 1.0
+    logits = whole(inputs_embeds=stored * scale, use_cache=False).logits
+    F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()  # type: ignore[no-untyped-call]
+    assert stored.grad is not None
+    gradients = stored.grad.double().flatten(0, 1)
+    wanted = gradients.T @ gradients / len(gradients)
+    assert (found.embedding - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_the_heads_input_is_that_of_the_whole_model(llama: Path, tmp_path: Path, rows: Tensor) -> None:
+    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, silent)
+    whole, seen = whole_model(llama), list[Tensor]()
+    whole.lm_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with torch.no_grad():
+        whole(input_ids=rows, use_cache=False)
+    x = seen[0].double().flatten(0, 1)
+    wanted = x.T @ x / len(x)
+    assert (found.head_input - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_what_was_saved_is_loaded_again(llama: Path, tmp_path: Path, rows: Tensor) -> None:
+    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, silent)
+    found.save(tmp_path / "s.safetensors")
+    loaded = sensitivity.Sensitivity.load(tmp_path / "s.safetensors")
+    assert loaded.outputs.keys() == found.outputs.keys()
+    assert all(torch.equal(loaded.outputs[key], found.outputs[key]) for key in found.outputs)
+    assert torch.equal(loaded.embedding, found.embedding)
+    assert torch.equal(loaded.head_input, found.head_input)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_it_depends_on_the_seed_alone_and_leaves_no_file(llama: Path, tmp_path: Path, rows: Tensor) -> None:
@@ -96,8 +139,12 @@ def test_it_depends_on_the_seed_alone_and_leaves_no_file(llama: Path, tmp_path: 
     one, same, other = (
         sensitivity.fisher(model, rows, Workspace(tmp_path), seed, silent) for seed in (1, 1, 2)
     )
-    assert all(torch.equal(one[key], same[key]) for key in one)
-    assert not torch.equal(one["model.layers.0.mlp.down_proj"], other["model.layers.0.mlp.down_proj"])
+    assert all(torch.equal(one.outputs[key], same.outputs[key]) for key in one.outputs)
+    assert torch.equal(one.embedding, same.embedding)
+    key = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(one.outputs[key], other.outputs[key])
+    assert not torch.equal(one.embedding, other.embedding)
+    assert torch.equal(one.head_input, other.head_input), "no label has a part in it"
     assert not list(tmp_path.iterdir())
 
 

@@ -55,13 +55,15 @@ class Problem:
             torch.rand(out_features, generator=generator).mul(6 * spread).exp(),
         )
 
-    def tried(self, options: Sequence[Option], seed: int = 0) -> Trials:
-        evidence = trial.Evidence(self.factor, self.heldout[self.factor.perm][:, self.factor.perm])
+    def tried(self, options: Sequence[Option], seed: int = 0, feedback: bool = True) -> Trials:
+        heldout = self.heldout[self.factor.perm][:, self.factor.perm]
+        evidence = trial.Evidence(self.factor, heldout, feedback)
         generator = torch.Generator().manual_seed(seed)
         return trial.try_options(CODEC, self.spec, options, self.weight, evidence, self.fisher, generator)
 
-    def restored(self, option: Option) -> Tensor:
-        return trial.quantize(CODEC, self.spec, option, self.weight, self.factor)[1]
+    def restored(self, option: Option, feedback: bool = True) -> Tensor:
+        factor = self.factor if feedback else self.factor.without_feedback()
+        return trial.quantize(CODEC, self.spec, option, self.weight, factor)[1]
 
     def energy(self, error: Tensor, of: Tensor) -> Tensor:
         """(out,) energies of the rows of `error`, (out, in)."""
@@ -89,13 +91,16 @@ def test_our_rounding_is_better_than_the_references(shared: Path, name: str) -> 
     assert ours < theirs
 
 
+@pytest.mark.parametrize("feedback", [True, False])
 @pytest.mark.parametrize("shape", [(192, 96), (416, 40)])
-def test_errors_are_those_of_the_weights_that_would_be_written(shape: tuple[int, int]) -> None:
+def test_errors_are_those_of_the_weights_that_would_be_written(
+    shape: tuple[int, int], feedback: bool
+) -> None:
     problem = Problem.make(*shape)
-    tried = problem.tried(SOME)
+    tried = problem.tried(SOME, feedback=feedback)
     whole = problem.energy(problem.weight, problem.calibration)
     for option, found in zip(SOME, tried.options, strict=True):
-        error = problem.weight - problem.restored(option)
+        error = problem.weight - problem.restored(option, feedback)
         rows = problem.energy(error, problem.calibration)
         heldout = problem.energy(error, problem.heldout).sum()
         whole_heldout = problem.energy(problem.weight, problem.heldout).sum()
@@ -173,7 +178,7 @@ def test_sweeping_in_parts_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch
     at_once = problem.energy(problem.weight - problem.restored(option), problem.calibration).sum()
     monkeypatch.setattr(trial, "SWEEP_BYTES", 200 * 96 * 8)
     tensors, restored = trial.quantize(CODEC, problem.spec, option, problem.weight, problem.factor)
-    assert torch.equal(CODEC.unpack(tensors, problem.spec), restored)
+    assert torch.equal(CODEC.unpack(tensors, problem.spec, option), restored)
     in_parts = problem.energy(problem.weight - restored, problem.calibration).sum()
     assert at_once != in_parts
     assert in_parts < 1.05 * at_once, f"{in_parts / at_once:.3f} times the error"

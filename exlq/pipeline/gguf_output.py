@@ -1,0 +1,234 @@
+"""The GGUF file as a job's output."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exlq.errors import FormatError, TargetError
+from exlq.formats import CODECS
+from exlq.formats.codec import Codec
+from exlq.formats.gguf.naming import file_name
+from exlq.formats.gguf.overrides import parse_overrides, type_file
+from exlq.formats.gguf.reader import GgufFile
+from exlq.formats.gguf.recipes import nearest_file_type, recipe_named, tensor_bytes
+from exlq.formats.gguf.tensors import Entry, shifted, to_file
+from exlq.formats.gguf.values import KeyValue, TensorInfo
+from exlq.formats.gguf.weights import GgufWeights
+from exlq.formats.gguf.writer import GgufWriter, file_bytes
+from exlq.formats.gguf_blocks import FLOAT_TYPES
+from exlq.formats.gguf_codec import plainly_rounded
+from exlq.measurement import Measurement
+from exlq.models import Model, open_model
+from exlq.pipeline import directory as places
+from exlq.pipeline import verify
+from exlq.pipeline.allocate import Choice
+from exlq.pipeline.embedding import quantized_embedding
+from exlq.pipeline.gguf_choice import (
+    Matrices,
+    bits_range,
+    by_recipe,
+    require_size,
+    smallest,
+    within_bits,
+    within_bytes,
+)
+from exlq.pipeline.gguf_description import described, whole_metadata
+from exlq.pipeline.measured import sensitivities
+from exlq.pipeline.plan import Plan
+from exlq.pipeline.progress import Progress
+from exlq.pipeline.quantize import Stored, quantized_linears
+from exlq.types import Option
+from exlq.workspace import Workspace
+
+TRUSTED_FROM_BPW = 3.0  # below, any divergence may be what was asked for
+UNMEASURED_FROM_BPW = 6.0  # likewise where no divergence was predicted
+GIB = 1 << 30
+
+
+class GgufOutput:
+    """Raises InputError, when made, for what llama.cpp or the target does not allow."""
+
+    name = "gguf"
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.codec: Codec[Any] = CODECS[self.name]
+        config = plan.config
+        self._told = described(plan)
+        overrides = parse_overrides(
+            config.tensor_types, config.output_tensor_type, config.token_embedding_type
+        )
+        self._matrices = Matrices(plan, self.codec, self._told.entries, overrides)
+        self._recipe = None if config.gguf_type is None else recipe_named(config.gguf_type)
+        self._low, self._high = bits_range(self._matrices)
+        self._require_reachable()
+
+    @property
+    def reach(self) -> str:
+        return f"{self._low:.3f} to {self._high:.3f} bits per weight"
+
+    def trusted(self, choice: Choice) -> bool:
+        return choice.bpw >= (TRUSTED_FROM_BPW if choice.loss is not None else UNMEASURED_FROM_BPW)
+
+    @property
+    def target(self) -> Path:
+        """The directory of the finished files."""
+        return self._plan.config.out_dir / self.name
+
+    def require_place(self) -> None:
+        places.require_directory(self.target)
+
+    def allocate(self, measurement: Measurement | None) -> Choice:
+        config = self._plan.config
+        if self._recipe is not None:
+            return by_recipe(self._matrices, measurement, self._recipe, self._told.shape, config.weighted)
+        assert measurement is not None
+        if config.bits is not None:
+            return within_bits(self._matrices, measurement, config.bits)
+        assert config.file_size is not None
+        return within_bytes(self._matrices, measurement, config.file_size, self._most_bytes)
+
+    def estimated_bytes(self) -> int:
+        config, model = self._plan.config, self._plan.model
+        if config.file_size is not None:
+            return config.file_size
+        ends = sum(self._plan.specs[key].numel for key in (model.head.key, model.embedding_key))
+        return int((config.bits or self._high) * (self._plan.numel + ends) / 8)
+
+    def types(self, choice: Choice) -> dict[str, str]:
+        """The type of every tensor of the file, in its order."""
+        return self._types(choice.options)
+
+    def write(self, choice: Choice, directory: Path, work: Path, progress: Progress) -> None:
+        types, metadata = self.types(choice), self._metadata(choice)
+        path = directory / self._file_name(choice, metadata)
+        infos = [TensorInfo(entry.name, entry.shape, types[entry.name]) for entry in self._told.entries]
+        writer = GgufWriter(path, metadata, infos, self._plan.config.split_bytes)
+        digests = {}
+        try:
+            for name, data in self._data(choice, work, progress):
+                writer.add(name, data)
+                digests[name] = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+            paths = writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        verify.verify_gguf(paths, types, digests)
+        path.with_suffix(".types.txt").write_text(type_file(types), encoding="utf-8", newline="\n")
+
+    def opened(self, directory: Path) -> Model:
+        file = GgufFile(min(directory.glob("*.gguf")))
+        weights = GgufWeights(file, self._told.entries)
+        return open_model(self._plan.config.in_dir, weights, device=self._plan.model.device)
+
+    def put_in_place(self, directory: Path, work: Path) -> list[Path]:
+        return places.put_files_in_place(directory, self.target)
+
+    def figures(self, choice: Choice) -> dict[str, Any]:
+        total = self._file_bytes(choice)
+        numel = sum(spec.numel for key, spec in self._plan.specs.items() if key in choice.options)
+        types = self.types(choice)
+        sizes = {entry.name: tensor_bytes(types[entry.name], entry.shape) for entry in self._told.entries}
+        return {
+            "file_bytes": total,
+            "file_bpw": 8 * total / numel,
+            "types": types,
+            "tensor_bytes": sizes,
+        }
+
+    def _types(self, options: Mapping[str, Option]) -> dict[str, str]:
+        keys = self._matrices.keys
+        chosen = {keys[key]: option.qparams["type"] for key, option in options.items()}
+        return {entry.name: chosen.get(entry.name, "F32") for entry in self._told.entries}
+
+    def _data(self, choice: Choice, work: Path, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor's bytes, in the order of the file."""
+        made = self._matrices_made(choice, work, progress)
+        waiting: dict[str, Tensor] = {}
+        for entry in self._told.entries:
+            if not entry.matrix:
+                yield entry.name, self._floats(entry)
+                continue
+            while not all(source in waiting for source in entry.sources):
+                spec, tensors = next(made)
+                waiting[f"{spec.key}.weight"] = tensors["blocks"]
+            rows = torch.cat([waiting.pop(source) for source in entry.sources])
+            yield entry.name, to_file(entry, rows)
+        for _ in made:
+            raise AssertionError("every linear has its place in the file")
+
+    def _matrices_made(self, choice: Choice, work: Path, progress: Progress) -> Iterator[Stored]:
+        """Embedding, linears and head, in the order of the file."""
+        plan, key = self._plan, self._plan.model.embedding_key
+        if self._uncalibrated:
+            for spec in (plan.specs[key], *plan.linears, *([] if plan.model.tied else [plan.model.head])):
+                weight = plan.model.linear_weight(spec.key)
+                yield spec, plainly_rounded(spec, choice.options[spec.key], weight, None)
+            return
+        found = sensitivities(plan, work, progress)
+        tensors, restored = quantized_embedding(plan, self.codec, choice.options[key], found)
+        yield plan.specs[key], tensors
+        workspace = Workspace(work)
+        yield from quantized_linears(plan, self.codec, choice.options, workspace, progress, restored)
+
+    @property
+    def _uncalibrated(self) -> bool:
+        """Whether no text is needed: nothing is weighted, or nothing is rounded but to floats."""
+        return not self._plan.config.weighted or (self._recipe is not None and self._recipe.is_float)
+
+    def _floats(self, entry: Entry) -> Tensor:
+        if entry.value is not None:
+            values = entry.value
+        else:
+            sources = [self._plan.model.weights.read(source).float() for source in entry.sources]
+            values = shifted(entry, to_file(entry, torch.cat(sources)))
+        try:
+            return FLOAT_TYPES["F32"].pack(values)
+        except FormatError as exc:
+            raise FormatError(f"{entry.name}: {exc}") from exc
+
+    def _most_bytes(self, options: Mapping[str, Option]) -> int:
+        """Of all shards, with all that metadata may tell."""
+        return self._file_bytes(Choice(options, 0.0, 0.0))
+
+    def _file_bytes(self, choice: Choice) -> int:
+        """Of all shards, exactly: metadata takes the same whatever the figures in it."""
+        types = self._types(choice.options)
+        infos = [TensorInfo(entry.name, entry.shape, types[entry.name]) for entry in self._told.entries]
+        return file_bytes(self._metadata(choice), infos, self._plan.config.split_bytes)
+
+    def _metadata(self, choice: Choice) -> list[KeyValue]:
+        return whole_metadata(self._plan, self._told, choice, self._file_type(choice))
+
+    def _file_type(self, choice: Choice) -> int:
+        if self._recipe is not None:
+            return self._recipe.file_type
+        types, sizes = self._types(choice.options), Counter[str]()
+        for entry in self._told.entries:
+            kind = types[entry.name]
+            sizes[kind] += tensor_bytes(kind, entry.shape) if entry.matrix else 0
+        return int(nearest_file_type(sizes))
+
+    def _file_name(self, choice: Choice, metadata: list[KeyValue]) -> str:
+        config = self._plan.config
+        if self._recipe is not None:
+            return file_name(metadata, self._recipe.name)
+        if config.bits is not None:
+            return file_name(metadata, f"{config.bits:.2f}bpw")
+        return file_name(metadata, f"{(config.file_size or 0) / GIB:.2f}GiB")
+
+    def _require_reachable(self) -> None:
+        bits, size = self._plan.config.bits, self._plan.config.file_size
+        if size is not None:
+            require_size(size, self._most_bytes(smallest(self._matrices)))
+        if bits is not None and not self._low <= bits <= self._high:
+            raise TargetError(
+                f"-b {bits}: as GGUF this model reaches {self._low:.4f} to {self._high:.4f} bits per weight"
+            )
