@@ -20,7 +20,7 @@ from ctypes import (
     c_uint32,
     c_void_p,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,6 @@ class Library:
 
     call: Any  # the functions of SIGNATURES
     errors: list[str]
-    _kept: list[object] = field(repr=False)  # what C holds pointers to
 
     def model_params(self) -> ModelParams:
         params: ModelParams = self.call.llama_model_default_params()
@@ -238,15 +237,21 @@ def library() -> Library:
             f"llama.cpp is not here: the package {PACKAGE} is not installed; install exlq[eval] "
             "(Linux on x86-64)"
         )
-    loaded = Library(_bound(file), [], [])
-    log = LOG(_Log(loaded.errors))
-    loaded._kept.append(log)
+    errors, log = _log()
+    loaded = Library(_bound(file), errors)
     loaded.call.llama_log_set(log, None)
     loaded.model_params()
     loaded.context_params()
     loaded.call.llama_backend_init()
     loaded.call.ggml_cpu_init()
     return loaded
+
+
+@functools.cache
+def _log() -> tuple[list[str], Any]:
+    """The lines logged as errors, and the function llama.cpp calls with them while the process runs."""
+    errors: list[str] = []
+    return errors, LOG(_Log(errors))
 
 
 def _bound(file: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from exlq.cli import main
+from exlq.cli.shared import console
 from tests.evaluate.conftest import BundledAs
 
 
@@ -22,7 +23,7 @@ def test_several_files_make_one_table_and_one_list(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(console, "_width", 900)
     files = [str(bundled_as(kind)) for kind in ("Q4_0", "Q8_0", "Q4_K")]
     assert main(["eval", *files, *arguments, "--runtime", "llama.cpp"]) == 0
     shown = capsys.readouterr().out
