@@ -22,7 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from torch import Tensor
 from exlq.formats.gguf_blocks import BLOCK_TYPES
 from exlq.formats.gguf_blocks.block import BlockType
 from exlq.formats.gguf_blocks.fit import SEARCHES, fit
+
+Outcome = TypeVar("Outcome")
 
 
 def main() -> int:
@@ -105,12 +109,12 @@ def compare(
     packing: dict[str, list[float]] = {search: [] for search in searches}
     errors = {}
     for _ in range(repeat + 1):
-        stored, spent = timed(lambda: ggml(kind, weight, importance))
+        stored, spent = timed(partial(ggml, kind, weight, importance))
         theirs.append(spent)
         for search in searches:
-            fields, spent = timed(lambda search=search: fit(kind, weight, importance, search=search))
+            fields, spent = timed(partial(fit, kind, weight, importance, search=search))
             ours[search].append(spent)
-            packing[search].append(timed(lambda fields=fields: kind.pack(fields))[1])
+            packing[search].append(timed(partial(kind.pack, fields))[1])
             errors[search] = squared_error(weight, kind.values(fields), importance)
     reference = squared_error(weight, kind.unpack(stored), importance)
     for search in searches:
@@ -166,7 +170,7 @@ def squared_error(weight: Tensor, values: Tensor, importance: Tensor | None) -> 
     return ((weight - values).square().double() @ factors.double()).sum().item()
 
 
-def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+def timed(run: Callable[[], Outcome]) -> tuple[Outcome, float]:
     begin = time.perf_counter()
     outcome = run()
     return outcome, time.perf_counter() - begin

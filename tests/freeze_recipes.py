@@ -21,7 +21,9 @@ from exlq.files import atomic_write_text
 from tests.formats.gguf.recipe_models import MODELS, NAMES, Model, packed
 
 FROZEN = Path(__file__).resolve().parent / "assets" / "gguf-recipes.json"
-LINE = re.compile(r"^\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\S+), size = .*?(?:\((\w+)\))?$", re.MULTILINE)
+LINE = re.compile(
+    r"^\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = +(\S+), size = .*?(?:\((\w+)\))?$", re.MULTILINE
+)
 BPW = re.compile(r"quant size .*\((\d+\.\d+) BPW\)")
 
 

@@ -38,7 +38,8 @@ def test_no_byte_is_lost_to_rounding(whole: int, fraction: int, unit: str) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "4.2G", "-1GB", "1e9", "4,2GB", "1 000", "nan", "4.2 GiBs", "½GB", "0", "0.9", "9" * 5000]
+    "text",
+    ["", "GB", "4.2G", "-1GB", "1e9", "4,2GB", "1 000", "nan", "4.2 GiBs", "½GB", "0", "0.9", "9" * 5000],
 )
 def test_what_is_no_size_is_refused_and_repeated(text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(repr(text))):

@@ -92,7 +92,8 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _rehearse(config: ConvertConfig) -> None:
-    for name, figures in job.rehearse(config).items():
+    formats, notes = job.rehearse(config)
+    for name, figures in formats.items():
         if "types" in figures:
             rows = [
                 (tensor, kind, figures["tensor_bytes"][tensor]) for tensor, kind in figures["types"].items()
@@ -101,6 +102,8 @@ def _rehearse(config: ConvertConfig) -> None:
         loss = figures["predicted_kl"]
         told = "" if loss is None else f", predicted KL divergence {loss:.5f}"
         console.print(f"{name}: {figures['bpw']:.4f} bits per weight{told}")
+    for note in notes:
+        console.print(note, markup=False)
 
 
 def _config(parsed: argparse.Namespace) -> ConvertConfig:

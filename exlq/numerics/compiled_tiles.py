@@ -36,7 +36,6 @@ from exlq.numerics.compiled_lanes import (
     to_half,
 )
 
-
 STREAMS = 8  # rows read or written side by side: caches hold no more of them where rows are long
 
 
@@ -97,7 +96,7 @@ def attempt(
 
 @compiled
 def plain_start(x: Floats, levels: Levels, trial: State) -> None:
-    """The step, and base, that the largest weights fit exactly: the best where one is far above all others."""
+    """The step, and base, that the largest weights fit exactly: best where one is far above the others."""
     table = levels.table
     lowest = levels.low if len(table) == 0 else table[0]
     extremes(x, levels.shifts, trial.step, trial.base)

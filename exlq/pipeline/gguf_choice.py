@@ -53,16 +53,18 @@ class Matrices:
     def held(self, options: Mapping[str, Option]) -> tuple[dict[str, Option], tuple[str, ...]]:
         """The options, wider ones for matrices too small for the float16 steps of theirs; what changed."""
         held, notes = dict(options), []
-        tensors = self.keys
-        for key, option in options.items():
-            wanted, weight = option.qparams["type"], self.plan.model.linear_weight(key)
-            kept = next(kind for kind in (wanted, *WIDER) if holds(kind, weight))
-            if kept != wanted:
-                held |= {other: type_option(kept) for other in options if tensors[other] == tensors[key]}
-                notes.append(
-                    f"{tensors[key]} is {kept}, not {wanted}, whose float16 steps are too coarse for such "
-                    "small weights"
-                )
+        by_tensor: dict[str, list[str]] = {}
+        for key in options:
+            by_tensor.setdefault(self.keys[key], []).append(key)
+        for name, keys in by_tensor.items():
+            wanted, model = options[keys[0]].qparams["type"], self.plan.model
+            kept: tuple[str, ...] = (wanted, *WIDER)
+            for key in keys:
+                weight = model.linear_weight(key)
+                kept = tuple(kind for kind in kept if holds(kind, weight))
+            if kept[0] != wanted:
+                held |= {key: type_option(kept[0]) for key in keys}
+                notes.append(f"{name} is {kept[0]}: its weights are too small for the steps of {wanted}")
         return held, tuple(notes)
 
     def bits(self, options: Mapping[str, Option]) -> int:
@@ -121,7 +123,7 @@ def within_bytes(
     Raises:
         TargetError: if the smallest file is larger.
     """
-    plan, pins = matrices.plan, matrices.pinned[0]
+    plan, (pins, notes) = matrices.plan, matrices.pinned
     free, least = [key for key in matrices.keys if key not in pins], smallest(matrices)
     require_size(size, file_bytes(least))
     # What is no matrix takes the same whatever the choice, but for the shards' number and alignment.
@@ -130,7 +132,7 @@ def within_bytes(
         allocation, options = solved(plan, matrices.codec, measurement, free, budget)
         excess = file_bytes({**options, **pins}) - size
         if excess <= 0:
-            return matrices.chosen({**options, **pins}, measurement, allocation)
+            return matrices.chosen({**options, **pins}, measurement, allocation, notes)
         budget -= 8 * max(excess, ALIGNMENT_BYTES)
 
 

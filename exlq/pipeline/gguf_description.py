@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
@@ -22,15 +23,22 @@ from exlq.models import Model
 from exlq.models.config import read_json
 from exlq.pipeline.allocate import Choice
 from exlq.pipeline.plan import Plan
+from exlq.types import GgufFamily
+
+WITHOUT_WINDOW = ("llama", "qwen2", "qwen3", "phi3")  # architectures whose sliding window llama.cpp ignores
 
 
 @dataclass(frozen=True)
 class Description:
-    """The tensors, in their order; metadata that does not hang on their types; the shape recipes ask for."""
+    """The tensors, in their order; metadata that does not hang on their types; the shape recipes ask for.
+
+    `notes` say where llama.cpp will run the model otherwise than transformers does.
+    """
 
     entries: tuple[Entry, ...]
     metadata: tuple[KeyValue, ...]
     shape: Shape
+    notes: tuple[str, ...] = ()
 
 
 def described(plan: Plan) -> Description:
@@ -66,7 +74,16 @@ def _converted(plan: Plan) -> Description:
             *tokenizer_metadata(directory, model.vocab_size, plan.config.tokenizer_pre),
         ),
         Shape(family.architecture, model.n_blocks, heads, kv_heads),
+        _notes(config, family, model),
     )
+
+
+def _notes(config: Mapping[str, Any], family: GgufFamily, model: Model) -> tuple[str, ...]:
+    window = config.get("sliding_window")
+    unused = config.get("use_sliding_window") is False or family.architecture not in WITHOUT_WINDOW
+    if unused or not window or window >= model.max_length:
+        return ()
+    return (f"llama.cpp attends to all tokens in this family, not only to the last {window}",)
 
 
 def _templated(plan: Plan) -> Description:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from exlq.workspace import Workspace
 
 TRUSTED_FROM_BPW = 3.0  # below, any divergence may be what was asked for
 UNMEASURED_FROM_BPW = 6.0  # likewise where no divergence was predicted
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 
 
 class GgufOutput:
@@ -86,6 +87,10 @@ class GgufOutput:
         places.require_directory(self.target)
 
     def allocate(self, measurement: Measurement | None) -> Choice:
+        choice = self._chosen(measurement)
+        return replace(choice, notes=choice.notes + self._told.notes)
+
+    def _chosen(self, measurement: Measurement | None) -> Choice:
         config = self._plan.config
         if self._recipe is not None:
             return by_recipe(self._matrices, measurement, self._recipe, self._told.shape, config.weighted)
@@ -222,7 +227,8 @@ class GgufOutput:
             return file_name(metadata, self._recipe.name)
         if config.bits is not None:
             return file_name(metadata, f"{config.bits:.2f}bpw")
-        return file_name(metadata, f"{(config.file_size or 0) / GIB:.2f}GiB")
+        size = config.file_size or 0
+        return file_name(metadata, f"{size / GIB:.2f}GiB" if size >= GIB / 10 else f"{size / MIB:.2f}MiB")
 
     def _require_reachable(self) -> None:
         bits, size = self._plan.config.bits, self._plan.config.file_size

@@ -96,22 +96,23 @@ def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
     return Job(plan, outputs, notes, given, work, progress, command)
 
 
-def rehearse(config: ConvertConfig) -> dict[str, dict[str, Any]]:
-    """What each format's figures would be, from the target and a given measurement, without work.
+def rehearse(config: ConvertConfig) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+    """What each format's figures would be, from the target and a given measurement, without work; notes.
 
     Raises:
         InputError: for whatever cannot work, a target that wants a measurement that is not given among it.
     """
     plan = make_plan(config)
-    outputs, _ = make_outputs(plan)
+    outputs, notes = make_outputs(plan)
     given = measured.given(plan)
     if given is None and config.measures:
         raise ConfigError("--dry-run does not measure: give -m FILE, or --gguf-type NAME as the target")
     choices = {output: output.allocate(given) for output in outputs}
-    return {
+    figures = {
         output.name: {"bpw": choice.bpw, "predicted_kl": choice.loss, **output.figures(choice)}
         for output, choice in choices.items()
     }
+    return figures, (*notes, *(note for choice in choices.values() for note in choice.notes))
 
 
 def run(job: Job) -> dict[str, Any] | None:

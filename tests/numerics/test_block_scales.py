@@ -49,8 +49,9 @@ def values(blocks: Blocks, found: BlockFit) -> Tensor:
     levels = found.levels.double()
     if blocks.table:
         levels = torch.tensor(blocks.table, dtype=torch.float64)[found.levels.long()]
-    parts = levels.unflatten(-1, (-1, blocks.sub_block))  # (rows, sub_blocks, weights)
-    return (scale.unsqueeze(-1) * parts - shift.unsqueeze(-1)).flatten(1)
+    parts = torch.unflatten(levels, -1, (-1, blocks.sub_block))  # (rows, sub_blocks, weights)
+    whole: Tensor = (scale.unsqueeze(-1) * parts - shift.unsqueeze(-1)).flatten(1)
+    return whole
 
 
 def weighted_error(weight: Tensor, other: Tensor, importance: Tensor) -> float:
@@ -85,8 +86,8 @@ def test_the_error_is_near_the_least_that_free_scales_leave(name: str) -> None:
     importance = torch.randn(blocks.size, generator=random).exp()
     fitted = fit_blocks(weight, importance, blocks, [thorough(blocks)])
     found = weighted_error(weight, values(blocks, fitted), importance)
-    parts = [part for row in weight for part in row.split(blocks.sub_block)]
-    factors = importance.split(blocks.sub_block) * len(weight)
+    parts = [part for row in weight for part in torch.split(row, blocks.sub_block)]
+    factors = torch.split(importance, blocks.sub_block) * len(weight)
     bound = sum(least_error(x, h, blocks) for x, h in zip(parts, factors, strict=True))
     shared = 1.25 if blocks.scales != (1, 1) else 1.01  # what integer scales cost at the most
     assert found <= shared * bound, f"{name}: {found / bound:.4f} times the bound"

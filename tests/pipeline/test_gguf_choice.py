@@ -65,7 +65,7 @@ def phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chosen(config: ConvertConfig, **changes: Any) -> dict[str, Any]:
     """The figures of a conversion that is only rehearsed."""
-    return job.rehearse(replace(config, **changes))["gguf"]
+    return job.rehearse(replace(config, **changes))[0]["gguf"]
 
 
 def ends(figures: dict[str, Any]) -> tuple[str | None, ...]:
@@ -206,7 +206,7 @@ def test_what_was_written_has_the_size_that_was_reckoned(
     place = tmp_path / "out" / "gguf"
     assert 0.99 * size <= file_bytes(place) == made["file_bytes"] == made["bytes"] <= size
     shards = sorted(place.glob("*.gguf"))
-    stem = "Wide-1.0M-0.00GiB"
+    stem = f"Wide-1.0M-{size / (1 << 20):.2f}MiB"
     names = [f"{stem}-0000{i}-of-00004.gguf" for i in range(1, 5)] if split else [f"{stem}.gguf"]
     assert [path.name for path in shards] == names
     assert Stored.read(place).types == made["types"] == chosen(config)["types"]
@@ -263,7 +263,8 @@ def test_weights_too_small_for_a_types_steps_get_a_wider_one_and_a_line_says_so(
     usual = chosen(settings(wide, tmp_path / "out", ids_file, **target))["types"]
     assert {name for name in usual if usual[name] != made["types"][name]} == {"blk.1.ffn_down.weight"}
     (note,) = made["notes"]
-    assert note.startswith(f"blk.1.ffn_down.weight is {made['types']['blk.1.ffn_down.weight']}, not Q6_K")
+    kept = made["types"]["blk.1.ffn_down.weight"]
+    assert note == f"blk.1.ffn_down.weight is {kept}: its weights are too small for the steps of Q6_K"
     assert (stored.values("blk.1.ffn_down.weight") - weight).norm() < 0.1 * weight.norm()
 
 
@@ -283,7 +284,7 @@ def test_a_measurement_of_exl2_alone_is_refused_for_gguf_by_what_it_lacks(
     config = settings(wide, tmp_path / "out", ids_file, bits=4.5)
     record = made_up(config, tmp_path / "m.json")
     config = replace(config, measurement=record)
-    assert job.rehearse(config).keys() == {"exl2"}
+    assert job.rehearse(config)[0].keys() == {"exl2"}
     with pytest.raises(
         MeasurementError, match=r"no gguf options of model\.layers\.0\.mlp\.down_proj.*--measure"
     ):

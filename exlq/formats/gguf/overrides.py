@@ -31,7 +31,7 @@ PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
 
 @dataclass(frozen=True)
 class Overrides:
-    """Types given by hand: by the first pattern found anywhere in a name, for the head, for the embeddings."""
+    """Types given by hand: by the first pattern found in a name, for the head, for the embeddings."""
 
     patterns: tuple[tuple[re.Pattern[str], str], ...] = ()
     output: str | None = None

@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor stands: the `index`-th of `count` of its kind, in `model`, with or without an imatrix."""
+    """Where a tensor stands: the `index`-th of `count` of its kind in `model`, with an imatrix or without."""
 
     index: int
     count: int

@@ -51,7 +51,8 @@ def underflows(kind: BlockType, weight: Tensor) -> bool:
     """
     _check(kind, weight)
     rows = weight[:: -(-len(weight) // SAMPLED_ROWS)].cpu().double() if len(weight) else weight.double()
-    steps = rows.unflatten(-1, (-1, kind.block_size)).abs().amax(-1) / _reach(kind)
+    blocks = torch.unflatten(rows, -1, (-1, kind.block_size))
+    steps = blocks.abs().amax(-1) / _reach(kind)
     if not ((steps > 0) & (steps < SMALLEST_NORMAL_HALF)).any():
         return False
     power = torch.floor(torch.log2(1.0 / rows.abs().amax().clamp_min(1e-300)))
@@ -111,7 +112,7 @@ def _checked(importance: Tensor | None, in_features: int) -> Tensor | None:
 
 def _blocks(kind: BlockType) -> Blocks:
     offset = "offset" in kind.halves
-    mins = kind.mins and (kind.mins.low, kind.mins.high)
+    mins = None if kind.mins is None else (kind.mins.low, kind.mins.high)
     return Blocks(
         size=kind.block_size,
         sub_block=kind.sub_block or kind.block_size,

@@ -74,6 +74,7 @@ class Model:
         return mlp
 
 
+NORMS = ("attn_q_norm", "attn_k_norm")
 GEMMA = ("post_attention_norm", "post_ffw_norm")
 MODELS = {
     "Llama-3-8B": Model("llama", 32, 4096, 14336, 32, 8, 128, 128256),
@@ -87,9 +88,7 @@ MODELS = {
     "Phi-3-mini": Model("phi3", 32, 3072, 8192, 32, 32, 96, 32064, fused=True),
     "Mistral-7B": Model("llama", 32, 4096, 14336, 32, 8, 128, 32768),
     "Mixtral-8x7B": Model("llama", 32, 4096, 14336, 32, 8, 128, 32000, n_experts=8),
-    "Qwen3-30B-A3B": Model(
-        "qwen3moe", 48, 2048, 768, 32, 4, 128, 151936, n_experts=128, extra_norms=("attn_q_norm", "attn_k_norm")
-    ),
+    "Qwen3-30B-A3B": Model("qwen3moe", 48, 2048, 768, 32, 4, 128, 151936, n_experts=128, extra_norms=NORMS),
     "TinyLlama of 4 blocks": Model("llama", 4, 2048, 5632, 32, 4, 64, 32000),
     "rows of 144 and 200": Model("llama", 9, 144, 200, 4, 2, 36, 512),  # 144 = 4.5 · 32
     "Falcon-7B": Model("falcon", 32, 4544, 18176, 71, 1, 64, 65024, fused=True, gated=False),
@@ -122,7 +121,10 @@ def packed(types: Mapping[str, str], model: Model) -> dict[str, str]:
         kind = re.sub(r"^blk\.\d+\.", "", tensor.name).removesuffix(".weight")
         if types[tensor.name] != "F32" or len(tensor.shape) > 1:
             kinds.setdefault(kind, []).append(LETTERS[types[tensor.name]])
-    return {kind: " ".join(_run(letter, len(list(same))) for letter, same in groupby(letters)) for kind, letters in kinds.items()}
+    return {
+        kind: " ".join(_run(letter, len(list(same))) for letter, same in groupby(letters))
+        for kind, letters in kinds.items()
+    }
 
 
 def _run(letter: str, count: int) -> str:

@@ -84,7 +84,7 @@ def test_names_numbers_and_aliases_are_those_of_llama_cpp() -> None:
 
 @pytest.mark.parametrize("text", ["IQ2_XS", "4", "", "-1", "Q4_K_L", "15.0", "²"])
 def test_what_is_no_recipe_is_refused_with_the_list_of_names(text: str) -> None:
-    with pytest.raises(ConfigError, match="Q4_K_M, .*Q3_K"):
+    with pytest.raises(ConfigError, match=r"Q4_K_M, .*Q3_K"):
         recipe_named(text)
 
 

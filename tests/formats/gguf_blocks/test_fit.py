@@ -55,7 +55,7 @@ def compare(kind: BlockType, weight: Tensor, importance: Tensor | None) -> tuple
 def matrices(model: Path, rows: int | None = None) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(model.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            for key in tensors.keys():
+            for key in tensors.keys():  # noqa: SIM118
                 if len(tensors.get_slice(key).get_shape()) == 2:
                     yield key, tensors.get_tensor(key)[:rows].float()
 
