@@ -11,9 +11,9 @@ import torch
 
 from exlq.cli.shared import console, show_progress
 from exlq.errors import ConfigError
-from exlq.formats.gguf.kept_shards import without_number
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import recipe_named
+from exlq.formats.gguf.shards import without_number
 from exlq.formats.gguf.writer import tensor_bytes
 from exlq.formats.gguf_blocks import TYPES
 from exlq.formats.gguf_blocks.fit import SEARCHES

@@ -17,18 +17,12 @@ from torch import Tensor
 from exlq.errors import ConfigError, FormatError, ModelError
 from exlq.formats.gguf import imatrix as imatrices
 from exlq.formats.gguf.imatrix import Imatrix
-from exlq.formats.gguf.kept_shards import (
-    KeptShards,
-    kept_bytes,
-    shard_paths,
-    tensors_by_shard,
-    without_number,
-)
 from exlq.formats.gguf.overrides import parse_overrides
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.recipes import recipe_named
+from exlq.formats.gguf.shards import shard_paths, tensors_by_shard, without_number
 from exlq.formats.gguf.values import KeyValue, TensorInfo
-from exlq.formats.gguf.writer import GgufWriter, file_bytes, tensor_bytes
+from exlq.formats.gguf.writer import GgufWriter, Split, file_bytes, tensor_bytes
 from exlq.formats.gguf_blocks import BLOCK_TYPES
 from exlq.pipeline import verify
 from exlq.pipeline.progress import Progress
@@ -73,7 +67,7 @@ class Requantization:
     imatrix: Imatrix | None
     metadata: tuple[KeyValue, ...]
     tensors: tuple[TensorInfo, ...]  # as they will be
-    shards: tuple[int, ...] | None  # tensors in each, where the input's are kept
+    split: Split  # as the writer takes it
     n_bytes: int  # of all shards
     notes: tuple[str, ...]
 
@@ -138,12 +132,12 @@ def _settle(request: Request, file: GgufFile) -> Requantization:
     if imatrix is not None and request.imatrix is not None:
         changed = [*imatrix_entries(request.imatrix, imatrix), *changed]
     metadata = tuple(carried(file.metadata, None if recipe is None else recipe.file_type, changed))
-    shards = tuple(tensors_by_shard(file)) if request.keep_split else None
+    split = tensors_by_shard(file) if request.keep_split else request.split_bytes
     try:
-        size = _size(metadata, tensors, shards, request.split_bytes)
+        size = file_bytes(metadata, tensors, split)
     except FormatError as exc:
         raise ModelError(f"{request.source}: {exc}") from exc
-    return Requantization(request, file, imatrix, metadata, tensors, shards, size, tuple(notes))
+    return Requantization(request, file, imatrix, metadata, tensors, split, size, tuple(notes))
 
 
 def _imatrix(request: Request) -> Imatrix | None:
@@ -194,27 +188,12 @@ def _unweighted(file: GgufFile, tensors: Sequence[TensorInfo], imatrix: Imatrix 
     ]
 
 
-def _size(
-    metadata: Sequence[KeyValue],
-    tensors: Sequence[TensorInfo],
-    shards: Sequence[int] | None,
-    split_bytes: int | None,
-) -> int:
-    if shards is not None:
-        return kept_bytes(metadata, tensors, shards)
-    return file_bytes(metadata, tensors, split_bytes)
-
-
 def _written(
     job: Requantization, directory: Path, progress: Progress
 ) -> tuple[tuple[Path, ...], dict[str, str]]:
     """The paths of all shards and the digest of every tensor's bytes."""
     path, workspace = directory / job.request.target.name, Workspace(directory)
-    writer: GgufWriter | KeptShards
-    if job.shards is not None:
-        writer = KeptShards(path, job.metadata, job.tensors, job.shards)
-    else:
-        writer = GgufWriter(path, job.metadata, job.tensors, job.request.split_bytes)
+    writer = GgufWriter(path, job.metadata, job.tensors, job.split)
     digests = {}
     try:
         for done, info in enumerate(job.tensors, 1):

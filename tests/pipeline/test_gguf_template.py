@@ -42,5 +42,9 @@ def test_a_template_of_another_model_is_refused_before_anything_is_written(
     config = settings(other, tmp_path / "base", ids_file, bits=None, gguf_type="F32", formats=("gguf",))
     template = Path(convert(config)["outputs"]["gguf"]["paths"][0])
     with pytest.raises(ModelError, match="template"):
-        convert(settings(wide, tmp_path / "out", ids_file, formats=("gguf",), measure=None, gguf_template=template))
+        convert(
+            settings(
+                wide, tmp_path / "out", ids_file, formats=("gguf",), measure=None, gguf_template=template
+            )
+        )
     assert not (tmp_path / "out").exists()

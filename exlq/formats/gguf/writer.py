@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from exlq.errors import FormatError
 from exlq.formats.gguf.values import KeyValue, TensorInfo
 
+Split: TypeAlias = "int | Sequence[int] | None"
 _ARCHITECTURE = "general.architecture"
 # How the file an entry was read from is laid out; the writer has its own layout.
 _OF_THE_LAYOUT = ("general.alignment", "split.no", "split.count", "split.tensors.count")
@@ -33,8 +35,8 @@ class GgufWriter:
         metadata: with `general.architecture`; keys of another file's layout (`split.*`, alignment) are
             left out.
         tensors: all of them, in the order in which they will be added.
-        split_bytes: no shard holds more bytes of tensors than this, or it holds one tensor; None for
-            one file.
+        split: no shard holds more bytes of tensors than this, or it holds one tensor; or how many tensors
+            each shard holds, in their order; None for one file.
 
     Raises:
         FormatError: for metadata or tensors that a GGUF file cannot hold.
@@ -45,9 +47,9 @@ class GgufWriter:
         path: Path,
         metadata: Sequence[KeyValue],
         tensors: Sequence[TensorInfo],
-        split_bytes: int | None = None,
+        split: Split = None,
     ) -> None:
-        self._writer = _declared(metadata, tensors, split_bytes)
+        self._writer = _declared(metadata, tensors, split)
         self._paths = tuple(self._writer.format_shard_names(path))
         self._awaited = deque((info.name, tensor_bytes(info)) for info in tensors)
         try:
@@ -95,11 +97,9 @@ class GgufWriter:
             path.unlink(missing_ok=True)
 
 
-def file_bytes(
-    metadata: Sequence[KeyValue], tensors: Sequence[TensorInfo], split_bytes: int | None = None
-) -> int:
+def file_bytes(metadata: Sequence[KeyValue], tensors: Sequence[TensorInfo], split: Split = None) -> int:
     """Bytes of all shards together, exactly, that `GgufWriter` would write; raises as it does."""
-    writer = _declared(metadata, tensors, split_bytes)
+    writer = _declared(metadata, tensors, split)
     shards = [io.BytesIO() for _ in writer.tensors]
     writer.fout, writer.state = shards, gguf.gguf_writer.WriterState.EMPTY
     _write_head(writer)
@@ -123,18 +123,24 @@ def tensor_bytes(info: TensorInfo) -> int:
     return prod(info.shape) // int(block_size) * int(type_size)
 
 
-def _declared(metadata: Sequence[KeyValue], tensors: Sequence[TensorInfo], split_bytes: int | None) -> Any:
+def _declared(metadata: Sequence[KeyValue], tensors: Sequence[TensorInfo], split: Split) -> Any:
     """A writer of the gguf package that knows all but the data, with no file open yet."""
     entries = {entry.key: entry for entry in metadata if entry.key not in _OF_THE_LAYOUT}
     _check(entries, metadata, tensors)
-    writer = gguf.GGUFWriter(None, entries.pop(_ARCHITECTURE).value, split_max_size=split_bytes or 0)
+    split_bytes, starts = split if isinstance(split, int) else 0, Counter[int]()
+    if isinstance(split, Sequence):
+        assert sum(split) == len(tensors), (split, len(tensors))
+        starts = Counter(itertools.accumulate(split[:-1]))
+    writer = gguf.GGUFWriter(None, entries.pop(_ARCHITECTURE).value, split_max_size=split_bytes)
     for entry in entries.values():
         writer.add_key_value(entry.key, entry.value, entry.type, sub_type=entry.element)
-    for info in tensors:
+    for index, info in enumerate(tensors):
+        writer.tensors += [{} for _ in range(starts[index])]
         # any dtype but uint8 says that the shape is that of the weights, not of their bytes
         writer.add_tensor_info(
             info.name, info.shape, np.dtype(np.float32), tensor_bytes(info), raw_dtype=_type(info)
         )
+    writer.tensors += [{} for _ in range(starts[len(tensors)])]
     if len(writer.tensors) == 1:
         writer.split_max_size = 0  # it would warn that it does not split
     return writer

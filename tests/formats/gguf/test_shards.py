@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 
 from exlq.errors import FormatError
-from exlq.formats.gguf.kept_shards import (
-    KeptShards,
-    kept_bytes,
-    shard_paths,
-    tensors_by_shard,
-    without_number,
-)
 from exlq.formats.gguf.reader import GgufFile
+from exlq.formats.gguf.shards import shard_paths, tensors_by_shard, without_number
 from exlq.formats.gguf.values import KeyValue
-from exlq.formats.gguf.writer import file_bytes
+from exlq.formats.gguf.writer import GgufWriter, file_bytes
 from tests.formats.gguf.test_writer import METADATA, TENSORS, random_data
 
 
 def write(path: Path, shards: list[int]) -> tuple[Path, ...]:
-    writer = KeptShards(path, METADATA, TENSORS, shards)
+    writer = GgufWriter(path, METADATA, TENSORS, shards)
     for name, data in random_data(TENSORS).items():
         writer.add(name, data)
     return writer.close()
@@ -48,7 +42,7 @@ def test_every_shard_holds_as_many_tensors_as_asked(shards: list[int], tmp_path:
 
 @pytest.mark.parametrize("shards", [[5], [2, 3], [0, 4, 1]])
 def test_sizes_are_known_before_anything_is_written(shards: list[int], tmp_path: Path) -> None:
-    size = kept_bytes(METADATA, TENSORS, shards)
+    size = file_bytes(METADATA, TENSORS, shards)
     assert list(tmp_path.iterdir()) == []
     assert sum(path.stat().st_size for path in write(tmp_path / "model.gguf", shards)) == size
     if shards == [5]:
@@ -58,12 +52,12 @@ def test_sizes_are_known_before_anything_is_written(shards: list[int], tmp_path:
 def test_what_no_file_can_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     wrong = [*METADATA, KeyValue("exlq.number", 2**40, gguf.GGUFValueType.UINT32)]
     with pytest.raises(FormatError):
-        KeptShards(tmp_path / "model.gguf", wrong, TENSORS, [2, 3])
+        GgufWriter(tmp_path / "model.gguf", wrong, TENSORS, [2, 3])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_abandoned_shards_are_removed(tmp_path: Path) -> None:
-    writer = KeptShards(tmp_path / "model.gguf", METADATA, TENSORS, [2, 3])
+    writer = GgufWriter(tmp_path / "model.gguf", METADATA, TENSORS, [2, 3])
     name, data = next(iter(random_data(TENSORS).items()))
     writer.add(name, data)
     writer.abandon()
