@@ -10,6 +10,7 @@ from torch import Tensor
 from exlq.errors import FormatError
 from exlq.formats import exl2
 from exlq.formats.codec import Role
+from exlq.formats.exl2_descent import descended
 from exlq.formats.exl2_grid import Exl2Grid, levels_of
 from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS, groups_of
 from exlq.numerics.hessian import Factor
@@ -68,7 +69,10 @@ class Exl2Codec:
         weight: Tensor,
         rounded: Rounded,
     ) -> tuple[Exl2Grid, Rounded]:
-        return grid, rounded
+        if factor.hessian is None:
+            return grid, rounded
+        layouts = [groups_of(option.qparams, spec.in_features) for option in options]
+        return descended(layouts, grid, factor, weight, rounded)
 
     def levels(self, spec: LinearSpec, option: Option, grid: Exl2Grid, values: Tensor) -> Tensor:
         groups = groups_of(option.qparams, spec.in_features)

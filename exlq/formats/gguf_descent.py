@@ -40,7 +40,7 @@ def descended(
             continue
         run = kind.sub_block or kind.block_size
         if run not in runs:
-            runs[run] = runs_of(hessian, run)
+            runs[run] = runs_of(hessian, [run] * (len(weight) // run))
         values, energy, fields = _one(
             kind, options[index].fields, natural, rounded.values[:, index][inverse], hessian, runs[run]
         )

@@ -20,30 +20,28 @@ class BlockMoves:
 
     def __init__(self, kind: BlockType, fields: Fields) -> None:
         self._kind, self._given = kind, fields
-        self.run = kind.sub_block or kind.block_size
-        self.low, self.high, self.table = kind.levels.low, kind.levels.high, kind.table
-        self._runs_per_block = kind.block_size // self.run
+        run = kind.sub_block or kind.block_size
+        self._runs_per_block = kind.block_size // run
         self._reach = max(map(abs, kind.table or (kind.levels.low, kind.levels.high)))
         self._d = fields.d.T.float().contiguous()
         offset = None if fields.offset is None else -fields.offset
         self._base = _rows_last(fields.dmin if offset is None else offset)
         self._scales, self._mins = _rows_last(fields.scales), _rows_last(fields.mins)
-        self._offered = Lattice(self._d[:1], self._d[:1])  # (candidates, rows) of what `take` then makes real
+        self._offered = (self._d[:1], self._d[:1])  # (candidates, rows) of what `take` then makes real
 
     def candidates(self, index: int) -> Lattice:
         block = index // self._runs_per_block
         d = self._d[block]
         base = torch.zeros_like(d) if self._base is None else self._base[block]
         if self._scales is None or self._kind.scales is None:
-            moved = _moved_floats(d, base, self._reach, self._base is not None)
-            self._offered = moved
-            return moved
+            self._offered = _moved_floats(d, base, self._reach, self._base is not None)
+            return self._lattice(*self._offered)
         scales = _moved(self._scales[index], self._kind.scales)
         mins = torch.ones(1, len(d), device=d.device)
         if self._mins is not None and self._kind.mins is not None:
             mins = _moved(self._mins[index], self._kind.mins)
         self._offered = _pairs(scales, mins)
-        return Lattice(d * self._offered.step, base * self._offered.offset)
+        return self._lattice(d * self._offered[0], base * self._offered[1])
 
     def take(self, index: int, picked: Tensor) -> None:
         step, offset = (held.gather(0, picked.unsqueeze(0))[0] for held in self._offered)
@@ -65,6 +63,10 @@ class BlockMoves:
                 changed["mins"] = self._mins.to(torch.int8)
         return replace(self._given, **{name: held.T.contiguous().cpu() for name, held in changed.items()})
 
+    def _lattice(self, step: Tensor, offset: Tensor) -> Lattice:
+        levels = self._kind.levels
+        return Lattice(step, offset, levels.low, levels.high, self._kind.table)
+
 
 def _rows_last(stored: Tensor | None) -> Tensor | None:
     return None if stored is None else stored.T.float().contiguous()
@@ -76,7 +78,7 @@ def _moved(integers: Tensor, ends: Integers) -> Tensor:
     return (integers + moves[:, None]).clamp(ends.low, ends.high)
 
 
-def _moved_floats(step: Tensor, offset: Tensor, reach: int, has_offset: bool) -> Lattice:
+def _moved_floats(step: Tensor, offset: Tensor, reach: int, has_offset: bool) -> tuple[Tensor, Tensor]:
     """float16 steps and offsets near present ones, (rows,), these first."""
     moves = torch.tensor(STEP_MOVES, device=step.device)[:, None] / reach
     steps = (step * (1 + moves)).half().float()
@@ -84,7 +86,7 @@ def _moved_floats(step: Tensor, offset: Tensor, reach: int, has_offset: bool) ->
     return _pairs(steps, (offset + shifts * step).half().float())
 
 
-def _pairs(first: Tensor, second: Tensor) -> Lattice:
+def _pairs(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Every row of (m, rows) with every row of (n, rows), the first ones first."""
     m, n = len(first), len(second)
-    return Lattice(first.repeat_interleave(n, 0), second.repeat(m, 1))
+    return first.repeat_interleave(n, 0), second.repeat(m, 1)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exlq.numerics.threads import in_parallel
+from exlq.numerics.threads import in_parallel, one_thread
 
 if TYPE_CHECKING:
     from exlq.numerics.compiled_blocks import Effort
@@ -79,7 +79,7 @@ def fit_blocks(
         importance: (in_features,), zero or more, not all zero; None where all count the same.
         searches: one, or two of which the better outcome is kept, block by block.
     """
-    from exlq.numerics import compiled_blocks, compiled_tiles
+    from exlq.numerics import compiled_lanes, compiled_tiles
 
     rows, in_features = weight.shape
     n_blocks, n_subs = in_features // blocks.size, in_features // blocks.sub_block
@@ -98,12 +98,13 @@ def fit_blocks(
     arrays = [tensor.numpy() for tensor in found]
 
     def fit_tile(start: int) -> None:
-        tile = slice(start, start + compiled_blocks.LANES)
+        tile = slice(start, start + compiled_lanes.LANES)
         out = compiled_tiles.Stored(*(array[tile] for array in arrays))
         compiled_tiles.fit_rows(values[tile], factors.numpy(), plan, out)
 
-    in_parallel(fit_tile, range(0, rows, compiled_blocks.LANES), weight.device)
-    return found._replace(steps=found.steps.half(), bases=found.bases.half())
+    in_parallel(fit_tile, range(0, rows, compiled_lanes.LANES), weight.device)
+    with one_thread():
+        return found._replace(steps=found.steps.half(), bases=found.bases.half())
 
 
 def _factors(importance: Tensor | None, in_features: int) -> Tensor:

@@ -90,16 +90,21 @@ def _round_columns(
                         target[row] += factor * handed_on[row]
                 for row in range(n):
                     value[row] = min(max(np.rint(target[row] / steps[row]), least), most) * steps[row]
-                for row in range(n):  # to float16, nearest even: 13 bits fewer, or steps of 2⁻²⁴ if subnormal
-                    subnormal = np.rint(value[row] * TWO_24) / TWO_24
-                    tiny = abs(value[row]) < SMALLEST_NORMAL
-                    bits[row] = (bits[row] + HALF_STEP + ((bits[row] >> SHIFT) & ODD)) & KEPT
-                    value[row] = subnormal if tiny else value[row]
+                to_float16(value[:n], bits[:n])
                 for row in range(n):
                     residual = target[row] - value[row]
                     spent[row] += pivot * residual * residual
                     error[row] = source[row] - value[row]
                     held[row] = value[row]
+
+
+def _to_float16(value: Floats, bits: NDArray[np.int32]) -> None:
+    """To float16, nearest even: 13 bits fewer, or steps of 2⁻²⁴ if subnormal; `bits` are those of `value`."""
+    for row in range(len(value)):
+        subnormal = np.rint(value[row] * TWO_24) / TWO_24
+        tiny = abs(value[row]) < SMALLEST_NORMAL
+        bits[row] = (bits[row] + HALF_STEP + ((bits[row] >> SHIFT) & ODD)) & KEPT
+        value[row] = subnormal if tiny else value[row]
 
 
 def compiled(function: Any, **changes: Any) -> Any:
@@ -111,6 +116,7 @@ def compiled(function: Any, **changes: Any) -> Any:
         return njit(function, **settings)
 
 
+to_float16 = compiled(_to_float16)
 round_columns = compiled(_round_columns)
 rounding_errors = compiled(_rounding_errors)
 first_minimum = compiled(_first_minimum)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from exlq.numerics.compiled import ONE, ROWS_AT_ONCE, Floats, compiled
+from exlq.numerics.compiled import ONE, ROWS_AT_ONCE, Floats, compiled, to_float16
 
 HALF = np.float32(0.5)
 LANES = 64  # rows side by side in a search
@@ -51,7 +51,7 @@ def _round_affine_columns(
                     factor, handed_on = feedback[earlier, column], errors[earlier, option, rows]
                     for row in range(n):
                         aim[row] += factor * handed_on[row]
-                nearest(aim, step, shift, low[option], high[option], table[option], held)
+                nearest(aim, step, shift, low[option], high[option], False, table[option], held)
                 for row in range(n):
                     residual = aim[row] - held[row]
                     spent[row] += pivot * residual * residual
@@ -61,6 +61,7 @@ def _round_affine_columns(
 def _best_candidates(
     low: np.float32,
     high: np.float32,
+    float16: bool,
     table: Floats,
     step: Floats,
     offset: Floats,
@@ -74,7 +75,7 @@ def _best_candidates(
     """The best of several scales for a run of channels, each with its levels rounded in sequence.
 
     Args:
-        low, high, table: as in `_nearest`.
+        low, high, float16, table: as in `_nearest`.
         step, offset: (candidates, rows).
         target: (columns, rows); feedback, pivots: of the columns.
         cost: (rows,), what is to be beaten; lowered to what is reached.
@@ -96,7 +97,7 @@ def _best_candidates(
                     factor, handed_on = feedback[earlier, column], error[earlier]
                     for lane in range(n):
                         aim[lane] += factor * handed_on[lane]
-                nearest(aim, steps, shifts, low, high, table, own)
+                nearest(aim, steps, shifts, low, high, float16, table, own)
                 pivot = pivots[column]
                 for lane in range(n):
                     residual = aim[lane] - own[lane]
@@ -111,9 +112,16 @@ def _best_candidates(
 
 
 def _nearest(
-    aim: Floats, step: Floats, shift: Floats, low: np.float32, high: np.float32, table: Floats, found: Floats
+    aim: Floats,
+    step: Floats,
+    shift: Floats,
+    low: np.float32,
+    high: np.float32,
+    float16: bool,
+    table: Floats,
+    found: Floats,
 ) -> None:
-    """The values step · level - shift nearest to `aim`, into `found`, (n,).
+    """The values step · level - shift nearest to `aim`, into `found`, (n,), rounded to float16 if wanted.
 
     Levels are integers from `low` to `high`, or where `low` is above `high` the numbers of `table`, (16,).
     """
@@ -122,6 +130,8 @@ def _nearest(
             divisor = step[i] if step[i] != 0 else ONE
             level = min(max(np.rint((aim[i] + shift[i]) / divisor), low), high)
             found[i] = scaled(step[i], level, shift[i])
+        if float16:
+            to_float16(found, found.view(np.int32))
         return
     for i in range(len(found)):
         divisor = step[i] if step[i] != 0 else ONE

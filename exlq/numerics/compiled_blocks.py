@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from exlq.numerics.compiled_lanes import (
     HUGE,
+    LANES,
     TINY,
     ZERO,
     Floats,
@@ -23,10 +24,10 @@ from exlq.numerics.compiled_lanes import (
     inverses,
     moments,
     refine,
+    zeros,
 )
 
 Integers = NDArray[np.int8]
-LANES = 128  # rows of a tile
 
 
 class Ranges(NamedTuple):
@@ -84,13 +85,8 @@ class State(NamedTuple):
 
 @compiled
 def new_state(subs: int) -> State:
-    return State(
-        np.zeros(LANES, np.float32),
-        np.zeros(LANES, np.float32),
-        np.zeros((subs, LANES), np.float32),
-        np.zeros((subs, LANES), np.float32),
-        np.zeros(LANES, np.float32),
-    )
+    lanes = zeros(3)
+    return State(lanes[0], lanes[1], zeros(subs), zeros(subs), lanes[2])
 
 
 @compiled

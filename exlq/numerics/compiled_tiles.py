@@ -10,7 +10,6 @@ import numpy as np
 
 from exlq.numerics import compiled_blocks, compiled_lanes
 from exlq.numerics.compiled_blocks import (
-    LANES,
     Effort,
     Found,
     Integers,
@@ -26,6 +25,7 @@ from exlq.numerics.compiled_blocks import (
 from exlq.numerics.compiled_lanes import (
     HALF,
     HUGE,
+    LANES,
     TABLE,
     ZERO,
     Floats,
@@ -34,6 +34,7 @@ from exlq.numerics.compiled_lanes import (
     extremes,
     inverses,
     to_half,
+    zeros,
 )
 
 STREAMS = 8  # rows read or written side by side: caches hold no more of them where rows are long
@@ -114,18 +115,12 @@ def search_block(
     """Everything a block stores but the levels, into `best` where it leaves less error than what is there."""
     subs = len(best.scales)
     size = len(x) // subs
-    shape = (subs, LANES)
-    found = Found(
-        np.zeros(shape, np.float32),
-        np.zeros(shape, np.float32),
-        np.zeros(shape, np.float32),
-        np.zeros(shape, np.float32),
-        np.zeros(shape, np.float32),
-    )
+    found = Found(zeros(subs), zeros(subs), zeros(subs), zeros(subs), zeros(subs))
     for sub in range(subs):
         part = slice(sub * size, (sub + 1) * size)
         search_sub_block(x[part], h[part], levels, effort, found, sub, work)
-    step, base, trial = np.empty(LANES, np.float32), np.zeros(LANES, np.float32), new_state(subs)
+    pair, trial = zeros(2), new_state(subs)
+    step, base = pair[0], pair[1]
     common_factor(found.scale, found.bend, effort.scale_targets, ranges.scale_low, ranges.scale_high, step)
     if levels.shifts:
         common_factor(found.shift, found.weight, effort.min_targets, ranges.min_low, ranges.min_high, base)
@@ -149,13 +144,13 @@ def search_block(
 @compiled
 def clear_worse_than_zeros(x: Floats, h: Floats, ranges: Ranges, best: State) -> None:
     """Lanes whose zeros would leave less error get a step and base of zero."""
-    zeros = np.zeros(LANES, np.float32)
+    empty = zeros(1)[0]
     for i in range(len(x)):
         row, factor = x[i], h[i]
         for lane in range(LANES):
-            zeros[lane] += factor * row[lane] * row[lane]
+            empty[lane] += factor * row[lane] * row[lane]
     for lane in range(LANES):
-        if zeros[lane] <= best.error[lane]:
+        if empty[lane] <= best.error[lane]:
             best.step[lane], best.base[lane] = ZERO, ZERO
             for sub in range(len(best.scales)):
                 best.scales[sub, lane], best.mins[sub, lane] = ranges.scale_low, ranges.min_low
@@ -211,7 +206,7 @@ def _entry(sources: int) -> Any:
         size, levels, ranges = plan.size, plan.levels, plan.ranges
         blocks = in_features // size
         subs = out.scales.shape[1] // blocks
-        x, work = np.zeros((size, LANES), np.float32), np.zeros((20, LANES), np.float32)
+        x, work = zeros(size), zeros(20)
         best, codes = new_state(subs), np.empty((size, LANES), np.int8)
         for block in range(blocks):
             start = block * size

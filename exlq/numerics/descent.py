@@ -8,13 +8,15 @@ run's place, if J falls. H e is kept up to date by products of whole stretches o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exlq.numerics import hessian as hessians
+from exlq.numerics.hessian import Factor
+from exlq.numerics.hessian import factor as factored
 from exlq.numerics.scales import COMPILED
 from exlq.numerics.static_grid import NO_TABLE
 
@@ -24,19 +26,21 @@ RIDGE = 1e-6  # of the mean of H_BB's diagonal: H is damped already
 
 
 class Lattice(NamedTuple):
-    """Values step · level - offset of one run, or step · table[level] - offset, for several candidates."""
+    """Values step · level - offset of one run, for several candidates; or step · table[level] - offset.
+
+    With `float16`, values are rounded to that type, and there are no offsets.
+    """
 
     step: Tensor  # (candidates, rows) float32, the present one first
     offset: Tensor  # (candidates, rows) float32
+    low: int
+    high: int
+    table: tuple[int, ...] | None = None
+    float16: bool = False
 
 
 class Moves(Protocol):
     """The scales of some rows, which `descend` may change."""
-
-    run: int  # channels that share a scale
-    low: int
-    high: int
-    table: tuple[int, ...] | None
 
     def candidates(self, index: int) -> Lattice:
         """The scales that run `index` may take, the present ones first."""
@@ -53,16 +57,17 @@ class Run(NamedTuple):
     channels: slice
     own: Tensor  # (run, run) H_BB
     inverse: Tensor  # (run, run)
-    factor: hessians.Factor
+    factor: Factor
 
 
-def runs_of(hessian: Tensor, run: int) -> list[Run]:
-    """The runs of `run` channels of a damped Hessian, (in, in) float32."""
-    found = []
-    for start in range(0, len(hessian), run):
-        channels = slice(start, start + run)
+def runs_of(hessian: Tensor, sizes: Iterable[int]) -> list[Run]:
+    """The runs of so many channels each of a damped Hessian, (in, in) float32."""
+    found, start = [], 0
+    for size in sizes:
+        channels = slice(start, start + size)
+        start += size
         own = hessian[channels, channels].contiguous()
-        factor = hessians.factor(own, RIDGE)
+        factor = factored(own, RIDGE)
         found.append(Run(channels, own, torch.linalg.inv(own.double()).float(), factor))
     return found
 
@@ -86,10 +91,8 @@ def descend(
     """
     values, error = values.clone(), weight - values
     slope = hessian @ error  # (in_features, rows)
-    per_stretch = max(1, STRETCH // moves.run)
     for _ in range(rounds):
-        for first in range(0, len(runs), per_stretch):
-            members = range(first, min(first + per_stretch, len(runs)))
+        for members in _stretches(runs):
             stretch = slice(runs[members[0]].channels.start, runs[members[-1]].channels.stop)
             before = error[stretch].clone()
             own = hessian[stretch, stretch]
@@ -100,6 +103,15 @@ def descend(
             slope[stretch] = kept
             slope.addmm_(hessian[:, stretch], error[stretch] - before)
     return values, (error * slope).sum(0)
+
+
+def _stretches(runs: list[Run]) -> Iterator[range]:
+    """Runs of about `STRETCH` channels together."""
+    first = 0
+    for index, run in enumerate(runs):
+        if run.channels.stop - runs[first].channels.start >= STRETCH or index == len(runs) - 1:
+            yield range(first, index + 1)
+            first = index + 1
 
 
 def _improve(
@@ -123,7 +135,7 @@ def _improve(
     cost = (missed * (run.own @ missed)).sum(0)
     order = run.factor.perm
     enough = cost * (1 - LEAST_GAIN)
-    best, picked = _best(target[order], moves.candidates(index), moves, run.factor, enough)
+    best, picked = _best(target[order], moves.candidates(index), run.factor, enough)
     better = torch.where(picked >= 0, best[order.argsort()], present)
     change = present - better  # of the error
     values[channels] = better
@@ -132,34 +144,35 @@ def _improve(
     moves.take(index, picked.clamp_min(0))
 
 
-def _best(
-    target: Tensor, lattice: Lattice, moves: Moves, factor: hessians.Factor, cost: Tensor
-) -> tuple[Tensor, Tensor]:
+def _best(target: Tensor, lattice: Lattice, factor: Factor, cost: Tensor) -> tuple[Tensor, Tensor]:
     """Values (run, rows) of the best candidate below `cost`, (rows,), in the factor's order, and its index.
 
     Where no candidate is, the index is -1 and the values mean nothing.
     """
-    table = torch.tensor(moves.table or NO_TABLE, dtype=torch.float32, device=target.device)
+    step, offset, low, high, *_ = lattice
+    table = torch.tensor(lattice.table or NO_TABLE, dtype=torch.float32, device=target.device)
     if target.device.type == "cpu" and COMPILED:
         from exlq.numerics.compiled_affine import best_candidates
 
         values, picked = torch.empty_like(target), torch.full(cost.shape, -1)
-        low, high = (moves.low, moves.high) if moves.table is None else (1, 0)
-        arrays = (table, *lattice, target, factor.feedback, factor.pivots, cost, values, picked)
-        best_candidates(np.float32(low), np.float32(high), *(x.numpy() for x in arrays))
+        ends = (low, high) if lattice.table is None else (1, 0)
+        arrays = (table, step, offset, target, factor.feedback, factor.pivots, cost, values, picked)
+        best_candidates(*map(np.float32, ends), lattice.float16, *(x.numpy() for x in arrays))
         return values, picked
-    errors, values = torch.zeros(2, len(target), *lattice.step.shape, device=target.device)
-    spent = torch.zeros_like(lattice.step)
-    divisor = torch.where(lattice.step == 0, 1.0, lattice.step)
+    errors, values = torch.zeros(2, len(target), *step.shape, device=target.device)
+    spent = torch.zeros_like(step)
+    divisor = torch.where(step == 0, 1.0, step)
     for column, wanted in enumerate(target):
         passed = torch.tensordot(factor.feedback[:column, column], errors[:column], 1)
         aim = wanted + passed  # (candidates, rows)
-        levels = (aim + lattice.offset) / divisor
-        if moves.table is None:
-            levels = levels.round().clamp(moves.low, moves.high)
+        levels = (aim + offset) / divisor
+        if lattice.table is None:
+            levels = levels.round().clamp(low, high)
         else:
             levels = table[torch.bucketize(levels, (table[1:] + table[:-1]) / 2)]
-        values[column] = lattice.step * levels - lattice.offset
+        values[column] = step * levels - offset
+        if lattice.float16:
+            values[column] = values[column].half().float()
         errors[column] = wanted - values[column]
         spent += factor.pivots[column] * (aim - values[column]).square()
     least, picked = spent.min(0)

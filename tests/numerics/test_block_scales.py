@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from exlq.numerics.block_scales import BlockFit, Blocks, Search, fit_blocks
-from exlq.numerics.compiled_blocks import LANES
-from exlq.numerics.compiled_lanes import to_half
+from exlq.numerics.compiled_lanes import LANES, to_half
 
 TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 WINDOW = (0, -1, 1)

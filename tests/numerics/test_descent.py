@@ -23,16 +23,17 @@ class FreeMoves:
     def __init__(self, scale: Tensor, offset: Tensor, run: int, table: tuple[int, ...] | None = None) -> None:
         self.scale, self.offset = scale.clone(), offset.clone()  # (runs, rows)
         self.run, self.low, self.high, self.table = run, -2, 1, table
-        self._offered = Lattice(scale[:1], offset[:1])
+        self._steps = scale[:1]
 
     def candidates(self, index: int) -> Lattice:
         factors = torch.tensor(SCALES).unsqueeze(1)
         steps = self.scale[index] * factors
-        self._offered = Lattice(steps, self.offset[index].expand_as(steps).contiguous())
-        return self._offered
+        self._steps = steps
+        offsets = self.offset[index].expand_as(steps).contiguous()
+        return Lattice(steps, offsets, self.low, self.high, self.table)
 
     def take(self, index: int, picked: Tensor) -> None:
-        self.scale[index] = self._offered.step.gather(0, picked.unsqueeze(0))[0]
+        self.scale[index] = self._steps.gather(0, picked.unsqueeze(0))[0]
 
     def rounded(self, weight: Tensor) -> Tensor:
         """Plain rounding of (in, rows)."""
@@ -63,7 +64,7 @@ def test_the_cost_falls_with_every_round_and_is_that_of_the_values(
 ) -> None:
     weight, hessian, moves = problem(320, 70, run, table)
     values = moves.rounded(weight)
-    before, runs = energies(weight - values, hessian), runs_of(hessian, run)
+    before, runs = energies(weight - values, hessian), runs_of(hessian, [run] * (len(weight) // run))
     for _ in range(3):
         values, cost = descend(weight, values, hessian, runs, moves, rounds=1)
         torch.testing.assert_close(cost, energies(weight - values, hessian), rtol=1e-3, atol=1e-6)
@@ -74,7 +75,9 @@ def test_the_cost_falls_with_every_round_and_is_that_of_the_values(
 
 def test_values_are_those_of_the_scales_it_leaves() -> None:
     weight, hessian, moves = problem(64, 40, 16)
-    values, _ = descend(weight, moves.rounded(weight), hessian, runs_of(hessian, 16), moves, rounds=2)
+    values, _ = descend(
+        weight, moves.rounded(weight), hessian, runs_of(hessian, [16] * (len(weight) // 16)), moves, rounds=2
+    )
     scale, offset = (x.repeat_interleave(16, 0) for x in (moves.scale, moves.offset))
     levels = ((values + offset) / scale).round()
     assert levels.min() >= moves.low
@@ -87,7 +90,7 @@ def test_the_compiled_search_is_the_plain_one(
     table: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, hessian, moves = problem(96, 130, 32, table)
-    runs, start = runs_of(hessian, 32), moves.rounded(weight)
+    runs, start = runs_of(hessian, [32] * (len(weight) // 32)), moves.rounded(weight)
     other = FreeMoves(moves.scale, moves.offset, 32, table)
     compiled, _ = descend(weight, start, hessian, runs, moves, rounds=1)
     monkeypatch.setattr(descent, "COMPILED", False)
@@ -99,7 +102,7 @@ def test_the_compiled_search_is_the_plain_one(
 def test_one_run_of_two_channels_comes_near_the_exhaustive_optimum() -> None:
     weight, hessian, moves = problem(2, 200, 2)
     start, scale, offset = moves.rounded(weight), moves.scale.clone(), moves.offset.clone()
-    _, cost = descend(weight, start, hessian, runs_of(hessian, 2), moves, rounds=1)
+    _, cost = descend(weight, start, hessian, runs_of(hessian, [2] * (len(weight) // 2)), moves, rounds=1)
     best = torch.full_like(cost, torch.inf)
     for factor, *levels in product(SCALES, range(-2, 2), range(-2, 2)):
         tried = factor * scale * torch.tensor(levels, dtype=torch.float32).unsqueeze(1) - offset

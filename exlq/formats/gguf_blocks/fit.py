@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from exlq.errors import FormatError
 from exlq.formats.gguf_blocks.block import BlockType, Fields
 from exlq.formats.gguf_blocks.searches import BEST, FAST
 from exlq.numerics.block_scales import BlockFit, Blocks, Search, fit_blocks
+from exlq.numerics.threads import one_thread
 
 LARGEST_HALF = 65504.0
 SMALLEST_NORMAL_HALF = 2.0**-14
@@ -82,15 +84,14 @@ def _check(kind: BlockType, weight: Tensor) -> None:
         )
     if not weight.numel():
         return
-    finite = weight.isfinite()
-    if not finite.all():
+    with one_thread():
+        largest = weight.abs().amax().item()  # not finite where any is not
+    if not math.isfinite(largest):
         raise FormatError(
-            f"{(~finite).sum()} of {weight.numel()} weights are not finite; quantize an intact checkpoint"
+            f"{(~weight.isfinite()).sum()} of {weight.numel()} weights are not finite; "
+            "quantize an intact checkpoint"
         )
-    largest, limit = (
-        weight.abs().amax().item(),
-        LARGEST_HALF * (1.0 if "offset" in kind.halves else _reach(kind)),
-    )
+    limit = LARGEST_HALF * (1.0 if "offset" in kind.halves else _reach(kind))
     if largest > limit:
         raise FormatError(
             f"{kind.name} holds weights up to {limit:.3g}, found {largest:.3g}; store it as another type"

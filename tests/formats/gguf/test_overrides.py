@@ -89,10 +89,10 @@ def test_a_pattern_gives_way_to_the_length_of_rows() -> None:
 
 def test_a_flag_that_rows_do_not_allow_is_refused() -> None:
     tensors = MODELS["Qwen2.5-0.5B"].tensors()
-    with pytest.raises(ConfigError, match="--token-embedding-type Q6_K .* rows of 896; choose Q8_0"):
+    with pytest.raises(ConfigError, match=r"--token-embedding-type Q6_K .* rows of 896; choose Q8_0"):
         pinned_types(parse_overrides(embedding="q6_k"), tensors)
     untied = [*tensors, TensorInfo("output.weight", (64, 896), "F16")]
-    with pytest.raises(ConfigError, match="--output-tensor-type Q4_K .* rows of 896; choose Q5_0"):
+    with pytest.raises(ConfigError, match=r"--output-tensor-type Q4_K .* rows of 896; choose Q5_0"):
         pinned_types(parse_overrides(output="Q4_K"), untied)
 
 
@@ -121,7 +121,7 @@ def test_a_broken_item_is_refused_and_named(item: str) -> None:
 @pytest.mark.parametrize("flags", [{"output": "q9"}, {"embedding": ""}])
 def test_an_unknown_type_is_refused_with_the_list_of_types(flags: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"-type: '.*' is no tensor type; want one of F32, .*IQ4_XS"):
-        parse_overrides(**flags)  # type: ignore[arg-type]
+        parse_overrides(**flags)
 
 
 def test_items_of_a_file_are_set_apart_by_white_space(tmp_path: Path) -> None:
