@@ -22,7 +22,7 @@ from tests.conftest import REPOSITORY
 from tests.helpers import make_model
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-USED_BY_TRANSFORMERS = {"jinja2"}  # chat templates
+USED_BY_TRANSFORMERS = {"jinja2", "sentencepiece", "protobuf"}  # chat templates, tokenizer.model
 
 
 def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
