@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,16 @@ MEASURE_TOKENS = 16 * 2048  # likewise -mr and -ml
 # One row is held out; the second half of a row of 3 has one token to be predicted.
 LEAST = {"rows": 2, "length": 3, "measurement_rows": 2, "measurement_length": 2, "threads": 1}
 STATES = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What lowers the divergence beyond plain GPTQ; each can be left out, to learn what it is worth."""
+
+    descent: bool = True  # levels and scales improved after the sweep
+    row_feedback: bool = True  # errors handed on between output rows, not only between input channels
+    input_correction: bool = True  # made up for: inputs that differ from the base model's
+    residual_correction: bool = True  # likewise the residual stream, by the linears that write to it
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ class ConvertConfig:
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
+    methods: Methods = field(default_factory=Methods)
 
     def __post_init__(self) -> None:
         self._check_target()
@@ -123,5 +134,6 @@ class ConvertConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Every setting by name, paths as given."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["methods"] = asdict(self.methods)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
