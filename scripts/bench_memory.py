@@ -70,7 +70,9 @@ def run(plan: Plan, blocks: int, workspace: Workspace) -> int:
     peaks: list[int] = []
     with timed("gradients, all blocks, 1024 tokens") as watched:
         rows = plan.measurement_rows.ids[:2, :512]
-        fisher = sensitivity.fisher(plan.model, rows, workspace, 0, silent)
+        fisher = sensitivity.fisher(
+            plan.model, rows, workspace, 0, workspace.directory / "s.safetensors", silent
+        )
     peaks.append(watched.memory.bytes)
     stop = StopAfter(blocks)
     with timed(f"measuring {blocks} blocks") as watched:
@@ -80,7 +82,8 @@ def run(plan: Plan, blocks: int, workspace: Workspace) -> int:
     options = {spec.key: CODEC.options(spec)[13] for spec in plan.linears}
     options[plan.model.head.key] = CODEC.head_option(plan.model.head, 6)
     with timed(f"quantizing {blocks} blocks") as watched:
-        passes = quantize.quantized_linears(plan, CODEC, options, workspace, StopAfter(blocks))
+        rounding = quantize.Rounding(plan, CODEC, options, fisher)
+        passes = quantize.quantized_linears(rounding, workspace, StopAfter(blocks))
         run_until_enough(lambda: [spec for spec, _ in passes])
     peaks.append(watched.memory.bytes)
     return max(peaks)

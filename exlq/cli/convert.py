@@ -40,6 +40,7 @@ def arrange(parser: argparse.ArgumentParser) -> None:
     add("-nr", "--no_resume", action="store_true", help="begin anew, whatever an earlier run has left")
     add("--states", choices=STATES, default="float32", help="how hidden states are kept; default float32")
     add("--measure", metavar="LIST", help=f"measure only the options of {formats}; default both")
+    add("--permute-mlp", action="store_true", help="reorder channels inside MLPs and heads to fit the blocks")
     add("--dry-run", action="store_true", help="print types and sizes, do nothing")
     _arrange_gguf(parser.add_argument_group("GGUF"))
     arrange_calibration(parser)
@@ -142,6 +143,7 @@ def _config(parsed: argparse.Namespace) -> ConvertConfig:
         seed=parsed.seed,
         threads=parsed.threads,
         device=parsed.device,
+        permute_mlp=parsed.permute_mlp,
     )
 
 

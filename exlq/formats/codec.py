@@ -23,6 +23,7 @@ class Codec(Protocol[G]):
     """
 
     name: str
+    shares_scales: bool  # whether something of a matrix's scales belongs to all its output rows
     ties: bool  # whether linears that share one tensor in the checkpoint do so in the file
 
     def options(self, spec: LinearSpec) -> tuple[Option, ...]:

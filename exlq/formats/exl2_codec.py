@@ -22,6 +22,7 @@ class Exl2Codec:
     """Mixed widths inside a matrix, its input channels sorted by importance."""
 
     name = "exl2"
+    shares_scales = True
     ties = False
 
     def options(self, spec: LinearSpec) -> tuple[Option, ...]:

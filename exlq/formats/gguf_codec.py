@@ -34,6 +34,7 @@ class GgufCodec:
     """One ggml type for a whole matrix; its stored tensor is `blocks`, (out_features, row_bytes) uint8."""
 
     name = "gguf"
+    shares_scales = False
     ties = True
 
     def options(self, spec: LinearSpec) -> tuple[Option, ...]:

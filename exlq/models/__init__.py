@@ -20,6 +20,7 @@ from exlq.models.families.yi import YI
 from exlq.models.family import Family, Stage
 from exlq.models.layout import Linear, layout_of
 from exlq.models.model import Model
+from exlq.models.permutation import PermutedWeights
 from exlq.models.skeleton import build_skeleton
 from exlq.models.staged import StagedPass
 from exlq.types import Weights
@@ -33,10 +34,14 @@ def family_of(directory: Path) -> Family:
     return read_family(directory, by_architecture)
 
 
-def open_model(directory: Path, weights: Weights, *, device: torch.device) -> Model:
+def open_model(
+    directory: Path, weights: Weights, *, device: torch.device, permute_mlp: bool = False
+) -> Model:
     """The model `directory/config.json` describes, over `weights`, ready to run block by block on `device`.
 
-    No weights but the final norm are read yet, yet every tensor is checked to be there.
+    No weights but the final norm are read yet, yet every tensor is checked to be there. With
+    `permute_mlp`, channels inside its MLPs and attention heads are in another order; the function is
+    the same.
 
     Raises:
         ModelError: an unsupported architecture, a config transformers cannot use, a tensor that is
@@ -45,7 +50,9 @@ def open_model(directory: Path, weights: Weights, *, device: torch.device) -> Mo
     family = family_of(directory)
     config = read_config(directory, family)
     skeleton = build_skeleton(config, family, device)
-    return Model(config, family, skeleton, layout_of(skeleton, config, family), weights, device)
+    layout = layout_of(skeleton, config, family)
+    ordered = PermutedWeights(weights, layout, config.num_key_value_heads) if permute_mlp else weights
+    return Model(config, family, skeleton, layout, ordered, device)
 
 
 FAMILIES: dict[str, Family] = {

@@ -65,7 +65,8 @@ class Family:
     them, `other_model_types` what else config.json may call it. `exl2_architecture` is the name
     under which ExLlamaV2 0.3.2 loads it, `gguf` what llama.cpp knows of it; None where there is
     none. In true sequence, the last stage of a container (`self_attn`, `mlp`) holds the one linear
-    whose output is the container's. `stored_names` maps names inside a block to those older
+    whose output is the container's; `norms_outputs` says whether that is normed before it is added to the
+    residual stream. `stored_names` maps names inside a block to those older
     checkpoints use.
     """
 
@@ -76,5 +77,6 @@ class Family:
     gguf: GgufFamily | None
     stages: tuple[Stage, ...] = DENSE_STAGES
     attention: str = "sdpa"
+    norms_outputs: bool = False
     other_model_types: tuple[str, ...] = ()
     stored_names: Mapping[str, str] = field(default_factory=dict)

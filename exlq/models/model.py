@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ class Model:
         self.config = config
         self.family = family
         self.device = device
+        self._given = weights
         self._canonical = CanonicalWeights(weights, layout)
         self.weights: Weights = self._canonical
         self._skeleton = skeleton
@@ -45,6 +47,11 @@ class Model:
         self._open_block: int | None = None
         self._head = Head(skeleton, self.weights, device)
         self._load(skeleton.model.norm, NORM_KEY)
+
+    def twin(self) -> Model:
+        """The same model once more, of which another block can be open."""
+        skeleton = copy.deepcopy(self._skeleton)
+        return Model(self.config, self.family, skeleton, self._layout, self._given, self.device)
 
     @property
     def n_blocks(self) -> int:

@@ -60,6 +60,21 @@ class StagedPass:
             yield rows, x
         self._done.append(stage)
 
+    def closes(self, stage: str) -> bool:
+        """Whether a stage's linear makes the output of its container."""
+        return any(each.input_key == stage for each in self._closing.values())
+
+    def residual(self, states: Tensor, rows: slice) -> Tensor:
+        """(rows, length, hidden_size) float32, the residual stream that the present container adds to.
+
+        To be asked for while `inputs` of a stage is walked that closes a container.
+        """
+        stream = states[rows].float()
+        for stage in self._block.stages[: len(self._done)]:
+            if self._closed(stage):
+                stream = stream + self._kept[f"{stage.input_key}_output"][rows].to(stream)
+        return stream
+
     def outputs(self, states_in: Tensor, states_out: Tensor) -> None:
         """Fill `states_out` with the block's outputs for `states_in`; they may be the same tensor."""
         assert len(self._done) == len(self._block.stages), f"only the stages {self._done} were walked"

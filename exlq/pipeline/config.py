@@ -70,6 +70,7 @@ class ConvertConfig:
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
+    permute_mlp: bool = False  # channels inside MLPs and heads put in an order that suits the blocks
     methods: Methods = field(default_factory=Methods)
 
     def __post_init__(self) -> None:
@@ -98,6 +99,11 @@ class ConvertConfig:
     def measured_formats(self) -> tuple[str, ...]:
         """Formats whose options are measured."""
         return tuple(name for name in CODECS if self.measure is None or name in self.measure)
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether rounding errors are handed on between output rows."""
+        return self.gptq and self.methods.row_feedback
 
     @property
     def rounding(self) -> str:

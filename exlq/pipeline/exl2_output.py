@@ -19,9 +19,10 @@ from exlq.models.config import read_json
 from exlq.pipeline import directory as places
 from exlq.pipeline import verify
 from exlq.pipeline.allocate import Choice, measured_loss, records, solved
+from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
-from exlq.pipeline.quantize import quantized_linears
+from exlq.pipeline.quantize import Rounding, quantized_linears
 from exlq.workspace import Workspace
 
 EXLLAMAV2_VERSION = "0.3.2"  # whose form of the directory is written
@@ -76,6 +77,7 @@ class Exl2Output:
             allocation.total_bits / plan.numel,
             allocation.loss + head_loss,
             allocation,
+            plan.notes,
         )
 
     def estimated_bytes(self) -> int:
@@ -89,8 +91,9 @@ class Exl2Output:
         try:
             for name in model.plain_tensors():
                 writer.add_plain(name, model.weights.read(name))
-            linears = quantized_linears(plan, self.codec, choice.options, Workspace(work), progress)
-            for spec, tensors in linears:
+            found = sensitivities(plan, work, progress) if plan.config.couples_rows else None
+            rounding = Rounding(plan, self.codec, choice.options, found)
+            for spec, tensors in quantized_linears(rounding, Workspace(work), progress):
                 writer.add_linear(spec.key, tensors, model.linear_bias(spec.key))
                 digests[spec.key] = verify.digest(tensors)
             writer.close(self._config(), plan.config.in_dir)
@@ -123,6 +126,8 @@ class Exl2Output:
             architecture=plan.model.family.exl2_architecture or plan.model.family.architectures[0],
         )
         written["quantization_config"]["exlq"] = __version__
+        if plan.config.permute_mlp:
+            written["quantization_config"]["permute_mlp"] = True
         return written
 
     def _range(self) -> tuple[int, int]:

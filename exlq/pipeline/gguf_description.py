@@ -11,6 +11,7 @@ from typing import Any
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from exlq import __version__
+from exlq.checkpoint import open_checkpoint
 from exlq.errors import FormatError, ModelError
 from exlq.formats.gguf import metadata, template, tensors
 from exlq.formats.gguf.reader import GgufFile
@@ -19,11 +20,11 @@ from exlq.formats.gguf.template import OWN_KEYS
 from exlq.formats.gguf.tensors import Entry
 from exlq.formats.gguf.tokenizer import tokenizer_metadata
 from exlq.formats.gguf.values import KeyValue
-from exlq.models import Model
+from exlq.models import Model, open_model
 from exlq.models.config import read_json
 from exlq.pipeline.allocate import Choice
 from exlq.pipeline.plan import Plan
-from exlq.types import GgufFamily
+from exlq.types import GgufFamily, Weights
 
 WITHOUT_WINDOW = ("llama", "qwen2", "qwen3", "phi3")  # architectures whose sliding window llama.cpp ignores
 
@@ -90,10 +91,18 @@ def _templated(plan: Plan) -> Description:
     assert plan.config.gguf_template is not None
     try:
         with GgufFile(plan.config.gguf_template) as file:
-            found = template.template_tensors(plan.model.weights, file, _ties(plan.model))
+            found = template.template_tensors(_base_weights(plan), file, _ties(plan.model))
             return Description(found, tuple(template.template_metadata(file)), template.template_shape(file))
     except FormatError as exc:
         raise ModelError(f"--gguf-template: {exc}") from exc
+
+
+def _base_weights(plan: Plan) -> Weights:
+    """The model's weights with their channels as a template has them."""
+    if not plan.config.permute_mlp:
+        return plan.model.weights
+    directory = plan.config.in_dir
+    return open_model(directory, open_checkpoint(directory), device=plan.model.device).weights
 
 
 def _ties(model: Model) -> dict[str, str]:
@@ -106,7 +115,7 @@ def _provenance(plan: Plan, choice: Choice) -> list[KeyValue]:
     """What the bytes were determined by; nothing of the machine, the day or the command."""
     config, record = plan.config, plan.rows.record
     target = " ".join(f"{flag} {value}" for flag, value in config.targets.items())
-    found: dict[str, str | int | float] = {
+    found: dict[str, str | int | float | bool] = {
         "exlq.version": __version__,
         "exlq.target": target,
         "exlq.rounding": config.rounding,
@@ -122,7 +131,14 @@ def _provenance(plan: Plan, choice: Choice) -> list[KeyValue]:
             "exlq.calibration.row_length": record.row_length,
             "exlq.calibration.seed": record.seed,
         }
-    kinds = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT64}
+    if config.permute_mlp:
+        found["exlq.permute_mlp"] = True
+    kinds = {
+        str: GGUFValueType.STRING,
+        bool: GGUFValueType.BOOL,
+        int: GGUFValueType.UINT32,
+        float: GGUFValueType.FLOAT64,
+    }
     return [KeyValue(key, value, kinds[type(value)]) for key, value in found.items()]
 
 

@@ -44,7 +44,7 @@ from exlq.pipeline.gguf_description import described, whole_metadata
 from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
-from exlq.pipeline.quantize import Stored, quantized_linears
+from exlq.pipeline.quantize import Rounding, Stored, quantized_linears
 from exlq.types import Option
 from exlq.workspace import Workspace
 
@@ -88,7 +88,7 @@ class GgufOutput:
 
     def allocate(self, measurement: Measurement | None) -> Choice:
         choice = self._chosen(measurement)
-        return replace(choice, notes=choice.notes + self._told.notes)
+        return replace(choice, notes=choice.notes + self._told.notes + self._plan.notes)
 
     def _chosen(self, measurement: Measurement | None) -> Choice:
         config = self._plan.config
@@ -180,8 +180,9 @@ class GgufOutput:
         found = sensitivities(plan, work, progress)
         tensors, restored = quantized_embedding(plan, self.codec, choice.options[key], found)
         yield plan.specs[key], tensors
-        workspace = Workspace(work)
-        yield from quantized_linears(plan, self.codec, choice.options, workspace, progress, restored)
+        coupled = found if plan.config.couples_rows else None
+        rounding = Rounding(plan, self.codec, choice.options, coupled)
+        yield from quantized_linears(rounding, Workspace(work), progress, restored)
 
     @property
     def _uncalibrated(self) -> bool:

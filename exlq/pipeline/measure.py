@@ -52,7 +52,7 @@ def measure(
             evidence = _Evidence(plan, hessians.by_stage.pop(stage), f"block {index}, {stage}", linears)
             memory.release()
             for linear in wanted:
-                tried = _record(plan, linear.spec, evidence.of, sensitivity.outputs[linear.spec.key])
+                tried = _record(plan, linear.spec, evidence.of, _costs(plan, sensitivity, linear.spec.key))
                 record = record.with_linear(replace(tried, tie=linear.tie))
         save(record)
         progress("measuring", index + 1, steps)
@@ -61,6 +61,12 @@ def measure(
     workspace.remove("states")
     progress("measuring", steps, steps)
     return record
+
+
+def _costs(plan: Plan, sensitivity: Sensitivity, key: str) -> Tensor:
+    """(out_features,) what a mean squared error of each output of a linear costs, twice."""
+    coupling = sensitivity.coupling(key, plan.model.device) if plan.config.couples_rows else None
+    return sensitivity.outputs[key] if coupling is None else coupling.costs
 
 
 def _forward(
@@ -90,6 +96,7 @@ class _Evidence:
         act_order = all(codec.sorts_channels(linear.spec) for linear in self._linears)
         if act_order not in self._made:
             factor = hessian.factor(self._calibration, act_order=act_order)
+            factor = factor if self._plan.config.methods.descent else factor._replace(hessian=None)
             heldout = self._heldout[factor.perm][:, factor.perm]
             self._made[act_order] = trial.Evidence(factor, heldout, self._plan.config.gptq)
         return self._made[act_order]
@@ -98,7 +105,7 @@ class _Evidence:
 def _record(
     plan: Plan, spec: LinearSpec, evidence: Callable[[Codec[Any]], trial.Evidence], rows: Tensor
 ) -> LinearRecord:
-    """All options of one matrix; `rows`, (out_features,), is the Fisher information of its outputs."""
+    """All options of one matrix; `rows`, (out_features,), is what an error of each output costs."""
     weight = plan.model.linear_weight(spec.key).to(plan.model.device, torch.float32)
     records: list[OptionRecord] = []
     sensitivity: float | None = None

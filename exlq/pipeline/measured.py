@@ -72,7 +72,7 @@ def sensitivities(plan: Plan, work: Path, progress: Progress) -> Sensitivity:
     if not path.exists():
         ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]
         rows = sensitivity.fisher_rows(ids)
-        sensitivity.fisher(plan.model, rows, Workspace(work), plan.config.seed, progress).save(path)
+        sensitivity.fisher(plan.model, rows, Workspace(work), plan.config.seed, path, progress)
     return Sensitivity.load(path)
 
 

@@ -18,13 +18,18 @@ STATE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def embedded(
-    model: Model, ids: Tensor, workspace: Workspace, dtype: torch.dtype, weight: Tensor | None = None
+    model: Model,
+    ids: Tensor,
+    workspace: Workspace,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    name: str = "states",
 ) -> Tensor:
     """(n_rows, length, hidden_size) memory-mapped: what the first block receives.
 
     `weight`, (vocab, hidden_size), takes the place of the model's own embedding.
     """
-    states = workspace.tensor("states", (*ids.shape, model.hidden_size), dtype)
+    states = workspace.tensor(name, (*ids.shape, model.hidden_size), dtype)
     for rows in batches(ids):
         states[rows] = model.embed(ids[rows], weight).to("cpu", dtype)
     return states

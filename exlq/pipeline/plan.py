@@ -21,6 +21,8 @@ from exlq.models import Model, open_model
 from exlq.pipeline.config import MEASURE_TOKENS, QUANTIZE_TOKENS, ConvertConfig
 from exlq.types import LinearSpec, Option
 
+PERMUTED = "channels inside MLPs and attention heads are permuted: adapters trained on the base do not fit"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,6 +50,11 @@ class Plan:
     @property
     def numel(self) -> int:
         return sum(spec.numel for spec in self.linears)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever uses the result must know of the model's weights, whatever the format."""
+        return (PERMUTED,) if self.config.permute_mlp else ()
 
     def tried(self, spec: LinearSpec) -> list[tuple[Codec[Any], tuple[Option, ...]]]:
         """The options of a matrix that are to be measured, by codec; its shape may admit none of a codec."""
@@ -87,7 +94,8 @@ def make_plan(config: ConvertConfig) -> Plan:
         InputError: of the kind that fits, for anything that cannot work.
     """
     device = usable_device(config.device)
-    model = open_model(config.in_dir, open_checkpoint(config.in_dir), device=device)
+    checkpoint = open_checkpoint(config.in_dir)
+    model = open_model(config.in_dir, checkpoint, device=device, permute_mlp=config.permute_mlp)
     tokenizer = load_tokenizer(config.in_dir)
     tokenizer_sha256 = tokenizer_hash(config.in_dir)
     path = config.calibration or default_calibration()
@@ -137,6 +145,7 @@ def _lengths(config: ConvertConfig, model: Model) -> tuple[int, int]:
 
 
 def _origin(config: ConvertConfig, model: Model, rows: TokenRows, tokenizer_sha256: str) -> Mapping[str, Any]:
+    settings = {"states": config.states, "seed": config.seed, "rounding": config.rounding}
     return {
         "model": {
             "architecture": model.family.architectures[0],
@@ -144,5 +153,5 @@ def _origin(config: ConvertConfig, model: Model, rows: TokenRows, tokenizer_sha2
             "tokenizer_sha256": tokenizer_sha256,
         },
         "calibration": asdict(rows.record),
-        "settings": {"states": config.states, "seed": config.seed, "rounding": config.rounding},
+        "settings": settings | ({"permute_mlp": True} if config.permute_mlp else {}),
     }

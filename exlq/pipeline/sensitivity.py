@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exlq.models import Model
+from exlq.numerics.coupling import Coupling, CouplingSum
 from exlq.numerics.hessian import HessianSum
 from exlq.numerics.precision import widest
 from exlq.pipeline.progress import Progress
@@ -33,19 +34,34 @@ class Sensitivity:
     outputs: Mapping[str, Tensor]  # by canonical key, lm_head too: (out_features,) float32
     embedding: Tensor  # G = E[g gᵀ], (hidden, hidden) float32, over the gradients of the embedded tokens
     head_input: Tensor  # E[x xᵀ], (hidden, hidden) float32, of what lm_head receives
+    path: Path  # where it lies; what is known of the outputs' gradients together lies beside it
 
-    def save(self, path: Path) -> None:
+    def save(self) -> None:
         tensors = {f"outputs/{key}": tensor for key, tensor in self.outputs.items()}
-        part = path.with_suffix(".part")
-        save_file({**tensors, "embedding": self.embedding, "head_input": self.head_input}, part)
-        part.replace(path)
+        _save({**tensors, "embedding": self.embedding, "head_input": self.head_input}, self.path)
 
     @classmethod
     def load(cls, path: Path) -> Sensitivity:
         tensors = dict(load_file(path))
         embedding, head_input = tensors.pop("embedding"), tensors.pop("head_input")
         outputs = {name.removeprefix("outputs/"): tensor for name, tensor in tensors.items()}
-        return cls(outputs, embedding, head_input)
+        return cls(outputs, embedding, head_input, path)
+
+    def coupling(self, key: str, device: torch.device) -> Coupling | None:
+        """How the output rows of a linear hang together; None for lm_head, whose rows do not, almost."""
+        path = _beside(self.path, key)
+        return Coupling.of(load_file(path), device) if path.exists() else None
+
+
+def _beside(path: Path, key: str) -> Path:
+    """The file of one linear's coupling."""
+    return path.with_name(f"{key}-{path.name}")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    part.replace(path)
 
 
 def fisher_rows(ids: Tensor) -> Tensor:
@@ -55,14 +71,17 @@ def fisher_rows(ids: Tensor) -> Tensor:
     return ids[torch.linspace(0, len(ids) - 1, n_rows).round().long(), :length]
 
 
-def fisher(model: Model, rows: Tensor, workspace: Workspace, seed: int, progress: Progress) -> Sensitivity:
-    """Diagonal Fisher information of every linear's outputs, and the gradients' second moment at the input.
+def fisher(
+    model: Model, rows: Tensor, workspace: Workspace, seed: int, path: Path, progress: Progress
+) -> Sensitivity:
+    """Fisher information of every linear's outputs, and the gradients' second moment at the input.
 
     Labels are sampled from the model, one per position. The pass runs block by block, forth with
     every block's input kept in a file, then back.
 
     Args:
         rows: (n, length) int64.
+        path: where all of it is saved, several files of that name's end.
 
     Source: Fisher information as the KL's Hessian; K-FAC, arXiv:1503.05671, section 2 (sampled labels).
     """
@@ -76,14 +95,16 @@ def fisher(model: Model, rows: Tensor, workspace: Workspace, seed: int, progress
     for batch in batches:
         gradient[batch] = model.head_backward(inputs[-1][batch], labels[batch]).cpu()
     for index in reversed(range(model.n_blocks)):
-        information |= _block_information(model, index, inputs[index], gradient, batches)
+        information |= _block_information(model, index, inputs[index], gradient, batches, path)
         progress("gradients", 2 * model.n_blocks - index, 2 * model.n_blocks)
     scale = _embedding_scale(model, rows[:1], inputs[0][:1])
     embedding = _second_moment(gradient[batch] for batch in batches) * scale**2
     for index in range(model.n_blocks + 1):
         workspace.remove(f"input-{index}")
     workspace.remove("gradient")
-    return Sensitivity(information, embedding, head_input)
+    found = Sensitivity(information, embedding, head_input, path)
+    found.save()
+    return found
 
 
 def _second_moment(parts: Iterable[Tensor]) -> Tensor:
@@ -119,21 +140,23 @@ def _block_inputs(
 
 
 def _block_information(
-    model: Model, index: int, inputs: Tensor, gradient: Tensor, batches: list[slice]
+    model: Model, index: int, inputs: Tensor, gradient: Tensor, batches: list[slice], path: Path
 ) -> dict[str, Tensor]:
     """Mean squared gradient per output of the block's linears; moves `gradient` to the block's input."""
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, CouplingSum] = {}
     with model.block(index) as block:
         for batch in batches:
-            gradient[batch] = block.backward(inputs[batch], gradient[batch], _adding_squares(sums)).cpu()
-    n_tokens = inputs.shape[0] * inputs.shape[1]
-    return {key: (total / n_tokens).float() for key, total in sums.items()}
+            gradient[batch] = block.backward(inputs[batch], gradient[batch], _adding(sums)).cpu()
+    for key, total in sums.items():
+        _save(total.stored(), _beside(path, key))
+    return {key: total.fisher() for key, total in sums.items()}
 
 
-def _adding_squares(sums: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+def _adding(sums: dict[str, CouplingSum]) -> Callable[[str, Tensor], None]:
     def add(key: str, gradient: Tensor) -> None:
-        squares = gradient.square().flatten(0, -2).sum(0, dtype=widest(gradient.device)).cpu().double()
-        sums[key] = sums[key] + squares if key in sums else squares
+        if key not in sums:
+            sums[key] = CouplingSum.zeros(gradient.shape[-1], gradient.device)
+        sums[key].add(gradient)
 
     return add
 

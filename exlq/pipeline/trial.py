@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exlq.errors import VerifyError
 from exlq.formats.codec import Codec
+from exlq.numerics.coupling import Coupling
 from exlq.numerics.hessian import Factor, energies
 from exlq.numerics.rounding import Rounded, sweep
 from exlq.numerics.threads import in_parallel
@@ -105,11 +106,18 @@ def try_options(
 
 
 def quantize(
-    codec: Codec[Any], spec: LinearSpec, option: Option, weight: Tensor, factor: Factor
+    codec: Codec[Any],
+    spec: LinearSpec,
+    option: Option,
+    weight: Tensor,
+    factor: Factor,
+    coupling: Coupling | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """One linear rounded for good: its stored tensors, and the (out, in) float32 weight they give back.
 
-    `weight`, (out_features, in_features), may be of any float dtype.
+    Args:
+        weight: (out_features, in_features) of any float dtype.
+        coupling: of its output rows, where errors are to be handed on between them.
 
     Raises:
         VerifyError: if the stored tensors do not give back what the sweep left.
@@ -118,7 +126,8 @@ def quantize(
     levels: Tensor | None = None
     restored = torch.empty(weight.shape, device=device)
     grids = []
-    for rows, grid, rounded in sweeps(codec, spec, [option], weight, factor):
+    swept = sweeps if coupling is None else coupled_sweeps(coupling)
+    for rows, grid, rounded in swept(codec, spec, [option], weight, factor):
         values = rounded.values[:, 0]
         found = codec.levels(spec, option, grid, values)
         levels = found.new_empty(spec.in_features, spec.out_features) if levels is None else levels
@@ -144,6 +153,40 @@ def sweeps(
         rounded = sweep(turned, factor, grid, len(options))
         leader = leader or grid
         yield rows, *codec.refined(spec, options, grid, factor, turned, rounded)
+
+
+def coupled_sweeps(coupling: Coupling) -> Callable[..., Iterator[tuple[Tensor, Any, Rounded]]]:
+    """`sweeps` of one option, each over rows that have taken over the errors of those before."""
+
+    def swept(
+        codec: Codec[Any], spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor
+    ) -> Iterator[tuple[Tensor, Any, Rounded]]:
+        device = factor.pivots.device
+        weight = weight.to(factor.pivots)
+        errors = torch.zeros_like(weight)
+        leader = _leader(codec, spec, options, weight, factor) if codec.shares_scales else None
+        for step in coupling.steps():
+            rows = step.rows.to(device)
+            moved = weight[rows] + step.handed_on(errors)
+            turned = moved.T.contiguous()[factor.perm]
+            grid = codec.grid(spec, options, factor, turned, leader)
+            rounded = sweep(turned, factor, grid, len(options))
+            grid, rounded = codec.refined(spec, options, grid, factor, turned, rounded)
+            errors[rows] = weight[rows] - rounded.values[factor.perm.argsort(), 0].T
+            yield rows, grid, rounded
+
+    return swept
+
+
+def _leader(
+    codec: Codec[Any], spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor
+) -> Any:
+    """The grid of a sweep over as many rows as go at once, for what belongs to all rows."""
+    rows = parts(weight, factor.perm, len(options))[0].to(weight.device)
+    turned = weight[rows].T.contiguous()[factor.perm]
+    grid = codec.grid(spec, options, factor, turned, None)
+    sweep(turned, factor, grid, len(options))
+    return grid
 
 
 def parts(weight: Tensor, perm: Tensor, n_options: int) -> list[Tensor]:

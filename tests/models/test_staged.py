@@ -128,3 +128,40 @@ def test_stages_out_of_order_are_a_bug(tiny: TinyMaker, rows: Tensor) -> None:
             next(staged.inputs("mlp_in", states))
         with pytest.raises(AssertionError, match="were walked"):
             staged.outputs(states, states)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_the_residual_stream_is_what_attention_and_mlp_are_added_to(
+    tiny: TinyMaker, family: str, rows: Tensor
+) -> None:
+    """Held against the block's own: its input, and what its second norm receives."""
+    model = opened(tiny(family, True))
+    states = model.embed(rows)
+    with model.block(0) as block:
+        seen: list[Tensor] = []
+        norm = block.module.post_attention_layernorm
+        handle = norm.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        block.forward(states)
+        handle.remove()
+        staged = block.staged(kept_in_memory, batch_rows=2)
+        found: dict[str, list[Tensor]] = {}
+        for stage in model.family.stages:
+            for part, _ in staged.inputs(stage.input_key, states):
+                if staged.closes(stage.input_key):
+                    found.setdefault(stage.input_key, []).append(staged.residual(states, part))
+    assert list(found) == ["attn_out", "mlp_out"]
+    assert torch.equal(torch.cat(found["attn_out"]), states)
+    assert (torch.cat(found["mlp_out"]) - seen[0]).abs().max() < 1e-5
+
+
+def test_a_twin_has_a_block_of_its_own(tiny: TinyMaker, rows: Tensor) -> None:
+    llama_model = opened(tiny("llama", True))
+    twin = llama_model.twin()
+    states = llama_model.embed(rows)
+    with llama_model.block(0) as block, twin.block(0) as other:
+        for linear in llama_model.linears(0):
+            block.set_weight(linear.spec.key, torch.zeros_like(llama_model.linear_weight(linear.spec.key)))
+        changed, untouched = block.forward(states), other.forward(states)
+    with llama_model.block(0) as block:
+        assert torch.equal(untouched, block.forward(states))
+    assert not torch.equal(changed, untouched)

@@ -29,7 +29,9 @@ def rows() -> Tensor:
 
 def found_of(directory: Path, rows: Tensor, scratch: Path) -> Sensitivity:
     scratch.mkdir()
-    return sensitivity.fisher(opened(directory), rows, Workspace(scratch), 0, silent)
+    return sensitivity.fisher(
+        opened(directory), rows, Workspace(scratch), 0, scratch / "s.safetensors", silent
+    )
 
 
 def predicted(cost: EmbeddingCost, error: Tensor) -> float:

@@ -217,7 +217,7 @@ def test_a_measurement_used_again_gives_the_identical_model_without_measuring(
     given = finished.measurement.parent if as_directory else finished.measurement
     events = Events()
     convert(replace(finished.config, out_dir=tmp_path / "out", measurement=given), events)
-    assert events.stages == {"quantizing", "verifying"}
+    assert events.stages == {"gradients", "quantizing", "verifying"}
     assert contents(tmp_path / "out" / "exl2") == contents(finished.model)
     kept = measurement.load(tmp_path / "out" / "measurement.json")
     assert kept.linears == measurement.load(finished.measurement).linears

@@ -18,7 +18,7 @@ from exlq.numerics.hessian import HessianSum
 from exlq.pipeline import passes
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import silent
-from exlq.pipeline.quantize import quantized_linears
+from exlq.pipeline.quantize import Rounding, quantized_linears
 from exlq.types import Option
 from exlq.workspace import Workspace
 from tests.models.conftest import whole_model
@@ -56,7 +56,7 @@ def factored(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def quantized(plan: Plan, options: Mapping[str, Option], scratch: Path) -> dict[str, Tensor]:
     """The weight each linear gives back, in the order they came."""
     found = {}
-    for spec, tensors in quantized_linears(plan, CODEC, options, Workspace(scratch), silent):
+    for spec, tensors in quantized_linears(Rounding(plan, CODEC, options), Workspace(scratch), silent):
         found[spec.key] = CODEC.unpack(tensors, spec, options[spec.key])
     return found
 
@@ -151,7 +151,7 @@ def test_a_quantized_embedding_is_felt_by_the_first_hessian(
     stored = plan.model.linear_weight(plan.model.embedding_key)
     coarse = (stored * 8).round() / 8
     options = every_linear_at(plan, FINEST)
-    next(iter(quantized_linears(plan, CODEC, options, Workspace(tmp_path), silent, coarse)))
+    next(iter(quantized_linears(Rounding(plan, CODEC, options), Workspace(tmp_path), silent, coarse)))
     untouched = oracle.hessian_before("model.layers.0.self_attn.q_proj")
     with torch.no_grad():
         oracle.model.get_input_embeddings().weight.copy_(coarse)

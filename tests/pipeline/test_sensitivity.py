@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from exlq.numerics import coupling
 from exlq.pipeline import sensitivity
 from exlq.pipeline.progress import silent
 from exlq.workspace import Workspace
@@ -17,6 +18,7 @@ from tests.models.conftest import opened, streamed_states, whole_logits, whole_m
 from tests.pipeline.conftest import TinyMaker
 
 SEED = 5
+FILE = "s.safetensors"
 FUSED = {  # of the tiny phi3: 4 heads and 2 key heads of 16, 96 intermediate
     "self_attn.qkv_proj": {"q_proj": slice(0, 64), "k_proj": slice(64, 96), "v_proj": slice(96, 128)},
     "mlp.gate_up_proj": {"gate_proj": slice(0, 96), "up_proj": slice(96, 192)},
@@ -28,8 +30,8 @@ def rows() -> Tensor:
     return torch.randint(4, 260, (5, 32), generator=torch.Generator().manual_seed(1))
 
 
-def autograd_fisher(directory: Path, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean squared gradient of every linear's outputs, by transformers' own module names."""
+def autograd_gradients(directory: Path, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Gradients (tokens, out_features) at every linear's outputs, by transformers' own module names."""
     model, gradients = whole_model(directory), dict[str, Tensor]()
 
     def watch(name: str, _module: nn.Module, _args: object, out: Tensor) -> None:
@@ -41,7 +43,12 @@ def autograd_fisher(directory: Path, rows: Tensor, labels: Tensor) -> dict[str, 
     logits = model(input_ids=rows, use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     loss.backward()  # type: ignore[no-untyped-call]
-    return {name: g.double().square().flatten(0, 1).mean(0) for name, g in gradients.items()}
+    return {name: g.double().flatten(0, 1) for name, g in gradients.items()}
+
+
+def autograd_fisher(directory: Path, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Mean squared gradient of every linear's outputs."""
+    return {name: g.square().mean(0) for name, g in autograd_gradients(directory, rows, labels).items()}
 
 
 def unfused(fisher: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +74,7 @@ def test_it_equals_autograd_through_the_whole_model(
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", at_once)
     directory = tiny(family, True)
     model = opened(directory)
-    found = dict(sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, silent).outputs)
+    found = dict(sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent).outputs)
     *_, last = streamed_states(model, rows)
     labels = model.sample_labels(last, torch.Generator().manual_seed(SEED))
     wanted = autograd_fisher(directory, rows, labels)
@@ -85,7 +92,7 @@ def test_the_heads_information_is_the_expected_variance_of_each_token(
 ) -> None:
     monkeypatch.setattr(sensitivity, "HEAD_TOKENS", 7)
     directory = tiny(family, True)
-    found = sensitivity.fisher(opened(directory), rows, Workspace(tmp_path), SEED, silent)
+    found = sensitivity.fisher(opened(directory), rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
     p = whole_logits(directory, rows).double().softmax(-1).flatten(0, 1)
     wanted = (p * (1 - p)).mean(0)
     assert (found.outputs["lm_head"] - wanted).abs().max() < 1e-5 * wanted.max()
@@ -98,7 +105,7 @@ def test_the_embeddings_moment_is_that_of_autograds_gradients(
     """Of the stored embedding: Gemma scales what it takes from it."""
     directory = tiny(family, family == "gemma2")
     model = opened(directory)
-    found = sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, silent)
+    found = sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
     *_, last = streamed_states(model, rows)
     labels = model.sample_labels(last, torch.Generator().manual_seed(SEED))
     whole = whole_model(directory)
@@ -113,7 +120,7 @@ def test_the_embeddings_moment_is_that_of_autograds_gradients(
 
 
 def test_the_heads_input_is_that_of_the_whole_model(llama: Path, tmp_path: Path, rows: Tensor) -> None:
-    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, silent)
+    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
     whole, seen = whole_model(llama), list[Tensor]()
     whole.lm_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with torch.no_grad():
@@ -124,20 +131,20 @@ def test_the_heads_input_is_that_of_the_whole_model(llama: Path, tmp_path: Path,
 
 
 def test_what_was_saved_is_loaded_again(llama: Path, tmp_path: Path, rows: Tensor) -> None:
-    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, silent)
-    found.save(tmp_path / "s.safetensors")
-    loaded = sensitivity.Sensitivity.load(tmp_path / "s.safetensors")
+    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
+    loaded = sensitivity.Sensitivity.load(tmp_path / FILE)
     assert loaded.outputs.keys() == found.outputs.keys()
     assert all(torch.equal(loaded.outputs[key], found.outputs[key]) for key in found.outputs)
     assert torch.equal(loaded.embedding, found.embedding)
     assert torch.equal(loaded.head_input, found.head_input)
-    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+    assert all(path.name.endswith(FILE) for path in tmp_path.iterdir())
 
 
 def test_it_depends_on_the_seed_alone_and_leaves_no_file(llama: Path, tmp_path: Path, rows: Tensor) -> None:
     model = opened(llama)
     one, same, other = (
-        sensitivity.fisher(model, rows, Workspace(tmp_path), seed, silent) for seed in (1, 1, 2)
+        sensitivity.fisher(model, rows, Workspace(tmp_path), seed, tmp_path / FILE, silent)
+        for seed in (1, 1, 2)
     )
     assert all(torch.equal(one.outputs[key], same.outputs[key]) for key in one.outputs)
     assert torch.equal(one.embedding, same.embedding)
@@ -145,7 +152,7 @@ def test_it_depends_on_the_seed_alone_and_leaves_no_file(llama: Path, tmp_path: 
     assert not torch.equal(one.outputs[key], other.outputs[key])
     assert not torch.equal(one.embedding, other.embedding)
     assert torch.equal(one.head_input, other.head_input), "no label has a part in it"
-    assert not list(tmp_path.iterdir())
+    assert all(path.name.endswith(FILE) for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -163,3 +170,45 @@ def test_its_rows_are_spread_over_all_and_within_the_limit(
     assert firsts[-1] == (n - 1 if len(rows) > 1 else 0)
     assert torch.equal(rows, ids[firsts, : wanted[1]])
     assert len(set(firsts.tolist())) == len(firsts)
+
+
+@pytest.mark.parametrize("run", [1024, 48])
+def test_the_coupling_is_the_second_moment_of_autograds_gradients(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Tensor, run: int
+) -> None:
+    """Held against what an error costs that later rows of the run make up for as well as they can."""
+    monkeypatch.setattr(coupling, "RUN", run)
+    model = opened(llama)
+    found = sensitivity.fisher(model, rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
+    *_, last = streamed_states(model, rows)
+    labels = model.sample_labels(last, torch.Generator().manual_seed(SEED))
+    gradients = autograd_gradients(llama, rows, labels)
+    for key in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        g = gradients[key]
+        whole = g.T @ g / len(g)
+        coupled = found.coupling(key, torch.device("cpu"))
+        assert coupled is not None
+        assert coupled.out_features == len(whole)
+        runs = torch.split(torch.arange(len(whole)), run)
+        damped = torch.zeros_like(whole)
+        for r in runs:
+            damped[r[:, None], r] = whole[r][:, r]
+            damped[r, r] += coupling.DAMPING * whole[r, r].mean()
+        earlier: list[int] = []
+        for step in coupled.steps():
+            own = step.rows.tolist()
+            later = [row for row in range(len(whole)) if row not in {*earlier, *own}]
+            left = damped[own][:, own]
+            if later:
+                left = (
+                    left - damped[own][:, later] @ damped[later][:, later].inverse() @ damped[later][:, own]
+                )
+            ridge = torch.cat([damped[r, r] - whole[r, r] for r in runs])[own]
+            wanted = (left.diagonal() - ridge).clamp_min(0)
+            assert (coupled.costs[own] - wanted).abs().max() < 2e-3 * whole.diagonal().max()
+            earlier += own
+
+
+def test_the_head_has_no_coupling(llama: Path, tmp_path: Path, rows: Tensor) -> None:
+    found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
+    assert found.coupling("lm_head", torch.device("cpu")) is None

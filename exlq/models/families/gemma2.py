@@ -9,5 +9,6 @@ GEMMA2 = Family(
     "gemma2",
     exl2_architecture="Gemma2ForCausalLM",
     gguf=GgufFamily("gemma2", norm_shift=1.0),
+    norms_outputs=True,
     attention="eager",  # no other kernel caps the scores
 )

@@ -12,4 +12,5 @@ GEMMA3 = Family(
     "gemma3_text",
     exl2_architecture=None,
     gguf=GgufFamily("gemma3", norm_shift=1.0),
+    norms_outputs=True,
 )
