@@ -13,7 +13,7 @@ from exlq.formats.exl2_options import HEAD_BITS
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import recipe_named
 from exlq.pipeline import job
-from exlq.pipeline.config import STATES, ConvertConfig
+from exlq.pipeline.config import OBJECTIVES, STATES, ConvertConfig
 from exlq.pipeline.estimate import estimate
 from exlq.report import tables
 from exlq.sizes import parse_bytes
@@ -40,6 +40,13 @@ def arrange(parser: argparse.ArgumentParser) -> None:
     add("-nr", "--no_resume", action="store_true", help="begin anew, whatever an earlier run has left")
     add("--states", choices=STATES, default="float32", help="how hidden states are kept; default float32")
     add("--measure", metavar="LIST", help=f"measure only the options of {formats}; default both")
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        default="kl",
+        help="what the mix is to keep small: the predicted KL divergence, or the linears' relative output "
+        "errors, which takes no gradients",
+    )
     add("--permute-mlp", action="store_true", help="reorder channels inside MLPs and heads to fit the blocks")
     add("--dry-run", action="store_true", help="print types and sizes, do nothing")
     _arrange_gguf(parser.add_argument_group("GGUF"))
@@ -143,6 +150,7 @@ def _config(parsed: argparse.Namespace) -> ConvertConfig:
         seed=parsed.seed,
         threads=parsed.threads,
         device=parsed.device,
+        objective=parsed.objective,
         permute_mlp=parsed.permute_mlp,
     )
 

@@ -147,7 +147,7 @@ def _runs(weight: Tensor, tiers: Tensor) -> Tensor:
 
 def _pattern(weight: Tensor, columns: Tensor) -> Tensor:
     """(rows, columns) squared weights, every column of length 1; float64, so that threads do not matter."""
-    squares = weight[:, columns].cpu().double().nan_to_num().square()
+    squares = weight[:, columns].cpu().double().nan_to_num(0, 0, 0).square()
     return squares.div_(torch.linalg.vector_norm(squares, dim=0).clamp_min_(TINY))
 
 

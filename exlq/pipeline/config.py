@@ -16,6 +16,7 @@ MEASURE_TOKENS = 16 * 2048  # likewise -mr and -ml
 # One row is held out; the second half of a row of 3 has one token to be predicted.
 LEAST = {"rows": 2, "length": 3, "measurement_rows": 2, "measurement_length": 2, "threads": 1}
 STATES = ("float32", "bf16")
+OBJECTIVES = ("kl", "output-error")  # what an allocation minimises the sum of
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ConvertConfig:
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
+    objective: str = "kl"
     permute_mlp: bool = False  # channels inside MLPs and heads put in an order that suits the blocks
     methods: Methods = field(default_factory=Methods)
 
@@ -80,6 +82,8 @@ class ConvertConfig:
         for flag, names in (("--format", self.formats), ("--measure", self.measure)):
             if names is not None and (not names or set(names) - set(CODECS)):
                 raise ConfigError(f"{flag} {','.join(names)}: known formats are {', '.join(CODECS)}")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"--objective {self.objective}: choose {' or '.join(OBJECTIVES)}")
         if self.row_mode not in STARTS:
             raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(STARTS)}")
         self._check_counts()
@@ -103,7 +107,7 @@ class ConvertConfig:
     @property
     def couples_rows(self) -> bool:
         """Whether rounding errors are handed on between output rows."""
-        return self.gptq and self.methods.row_feedback
+        return self.gptq and self.methods.row_feedback and self.objective == "kl"
 
     @property
     def rounding(self) -> str:

@@ -75,7 +75,7 @@ class Exl2Output:
         return Choice(
             options | {plan.model.head.key: head},
             allocation.total_bits / plan.numel,
-            allocation.loss + head_loss,
+            allocation.loss + head_loss if plan.config.objective == "kl" else None,
             allocation,
             plan.notes,
         )

@@ -82,7 +82,7 @@ class Matrices:
         notes: tuple[str, ...] = (),
     ) -> Choice:
         losses: list[float | None] = [None]
-        if measurement is not None:
+        if measurement is not None and self.plan.config.objective == "kl":
             losses = [measured_loss(measurement, key, option) for key, option in options.items()]
         bpw = self.bits(self.decoder(options)) / self.plan.numel
         return Choice(options, bpw, total_loss(losses), allocation, notes)

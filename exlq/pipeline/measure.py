@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,9 +112,12 @@ def _record(
     for codec, options in plan.tried(spec):
         generator = torch.Generator().manual_seed(plan.config.seed)
         found = trial.try_options(codec, spec, options, weight, evidence(codec), rows, generator)
-        pairs = zip(options, found.options, strict=True)
+        pairs: Iterable[tuple[Option, trial.Trial]] = zip(options, found.options, strict=True)
+        if plan.config.objective == "output-error":
+            pairs = ((option, replace(result, loss=result.err_heldout)) for option, result in pairs)
+        else:
+            sensitivity = found.sensitivity
         records += [_option_record(codec, spec, option, result) for option, result in pairs]
-        sensitivity = found.sensitivity
     sampled = trial.SAMPLED_ROWS if spec.out_features > trial.SAMPLED_ROWS else None
     return LinearRecord(spec.key, spec.numel, tuple(records), sensitivity, sampled_rows=sampled)
 

@@ -67,7 +67,12 @@ def measured(plan: Plan, work: Path, made_with: Mapping[str, Any], progress: Pro
 
 
 def sensitivities(plan: Plan, work: Path, progress: Progress) -> Sensitivity:
-    """What the gradient pass finds, from `work` where this job has left it there."""
+    """What the gradient pass finds, from `work` where this job has left it there.
+
+    Where output errors are all that counts, there is no such pass and nothing costs more than the rest.
+    """
+    if plan.config.objective == "output-error":
+        return sensitivity.indifferent(plan.model, work / SENSITIVITY)
     path = _sensitivity_path(plan, work)
     if not path.exists():
         ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]

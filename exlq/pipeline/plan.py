@@ -153,5 +153,7 @@ def _origin(config: ConvertConfig, model: Model, rows: TokenRows, tokenizer_sha2
             "tokenizer_sha256": tokenizer_sha256,
         },
         "calibration": asdict(rows.record),
-        "settings": settings | ({"permute_mlp": True} if config.permute_mlp else {}),
+        "settings": settings
+        | ({"permute_mlp": True} if config.permute_mlp else {})
+        | ({"objective": config.objective} if config.objective != "kl" else {}),
     }

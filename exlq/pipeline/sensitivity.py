@@ -64,6 +64,13 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     part.replace(path)
 
 
+def indifferent(model: Model, path: Path) -> Sensitivity:
+    """What stands in for the gradients' where none are taken: every output and channel costs the same."""
+    specs = [linear.spec for index in range(model.n_blocks) for linear in model.linears(index)]
+    outputs = {spec.key: torch.ones(spec.out_features) for spec in (*specs, model.head)}
+    return Sensitivity(outputs, torch.eye(model.hidden_size), torch.eye(model.hidden_size), path)
+
+
 def fisher_rows(ids: Tensor) -> Tensor:
     """The token rows of the gradient pass: evenly spread over `ids` (n, length), at most 8192 tokens."""
     length = min(ROW_LENGTH, ids.shape[1])

@@ -88,7 +88,7 @@ def test_all_query_heads_of_a_value_head_have_its_order(wider: Path) -> None:
 def test_parts_of_tensors_are_parts_of_the_whole_ones(family: str, tiny: TinyMaker) -> None:
     weights = permuted(tiny(family, True)).weights
     rows = torch.tensor([5, 0, 31, 5])
-    for key in weights.keys():
+    for key in list(weights.keys()):
         whole = weights.read(key)
         assert weights.shape(key) == tuple(whole.shape)
         assert weights.dtype(key) == whole.dtype
@@ -112,7 +112,7 @@ def test_everything_but_the_channels_is_as_it_was(wider: Path) -> None:
     base, model = opened(wider).weights, permuted(wider).weights
     assert list(model.keys()) == list(base.keys())
     moved = ("gate_proj", "up_proj", "down_proj", "v_proj", "o_proj")
-    for key in base.keys():
+    for key in list(base.keys()):
         if not any(name in key for name in moved):
             assert torch.equal(model.read(key), base.read(key)), key
 

@@ -295,3 +295,16 @@ def test_states_in_bf16_are_half_as_large_and_said_in_the_record(finished: Finis
     for one, other in zip(found.linears[7:14], full.linears[7:14], strict=True):
         assert one.options != other.options
         assert pure(one, 4) == pytest.approx(pure(other, 4), rel=0.05)
+
+
+def test_without_gradients_a_loss_is_the_outputs_relative_error(
+    llama: Path, tmp_path: Path, ids_file: Path
+) -> None:
+    config = replace(measured_only(llama, tmp_path / "out", ids_file), objective="output-error")
+    events = Events()
+    convert(config, events)
+    assert "gradients" not in events.stages
+    assert config.output_measurement is not None
+    found = measurement.load(config.output_measurement)
+    for linear in found.linears:
+        assert [option.loss for option in linear.options] == [o.err_heldout for o in linear.options]
