@@ -40,7 +40,7 @@ def floats(roomy: Path, ids_file: Path, tmp_path_factory: pytest.TempPathFactory
 def mixed(roomy: Path, ids_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """It at 4.5 bits per weight in both formats, by a record that is made up."""
     place = tmp_path_factory.mktemp("mixed")
-    wanted = {"bits": 4.5, "formats": None, "measure": None, "permute_mlp": True, "rows": 8}
+    wanted = {"bits": 4.5, "formats": None, "measure": None, "permute_mlp": True}
     config = settings(roomy, place / "out", ids_file, **wanted)
     config = replace(config, measurement=made_up(config, place / "measurement.json"))
     return Finished(config, convert(config))
