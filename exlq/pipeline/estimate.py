@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from exlq.errors import ConfigError
+from exlq.numerics import coupling
 from exlq.pipeline import sensitivity, trial
 from exlq.pipeline.output import Output
 from exlq.pipeline.plan import Plan
@@ -53,7 +54,8 @@ def estimate(plan: Plan, outputs: Sequence[Output]) -> Estimate:
     sweeps = sum(s.out_features * s.in_features**2 for s in linears)
     factors = sum(size**3 for _, size in inputs)
     measuring = gradient + plan.measurement_rows.ids.numel() * (forward + hessians) + trials + factors
-    quantizing = plan.rows.ids.numel() * (forward + hessians) + sweeps + factors
+    beside = 2 if plan.config.gptq else 1  # the base model runs beside the quantized one
+    quantizing = plan.rows.ids.numel() * beside * (forward + hessians) + beside * sweeps + factors
     return Estimate(
         gemm_flops=rate,
         measuring_s=SLOWDOWN * measuring / rate if _is_to_measure(plan) else 0.0,
@@ -80,24 +82,25 @@ def _is_to_measure(plan: Plan) -> bool:
 
 
 def _memory(plan: Plan) -> int:
-    """One block, the Hessians and factors of its inputs, the sweep's arrays, logits."""
+    """A block twice, base and quantized, the Hessians and factors of its inputs, the sweep's arrays, logits."""
     block = max(
         sum(linear.spec.numel for linear in plan.model.linears(i)) for i in range(plan.model.n_blocks)
     )
     widest = max(spec.in_features for spec in plan.linears)
     hessians = 2 * 4 * plan.model.hidden_size**2 + 2 * widest**2
     factor = 6 * widest**2  # float64 twice, float32 twice
-    return FLOAT_BYTES * (block + hessians + factor) + trial.SWEEP_BYTES * 2 + (512 << 20)
+    return FLOAT_BYTES * (2 * block + hessians + factor) + trial.SWEEP_BYTES * 2 + (512 << 20)
 
 
 def disk_bytes(plan: Plan, outputs: Sequence[Output]) -> int:
-    """Hidden states of the widest pass, and the outputs, the largest of them twice while it is replaced."""
+    """Hidden states of the widest pass, what couples output rows, and the outputs, the largest twice."""
     rows = plan.rows.ids.numel()
     gradient = sensitivity.TOKENS * (plan.model.n_blocks + 2)
     widest = max(spec.in_features for spec in plan.linears)
-    states = max(rows * (3 * plan.model.hidden_size + widest), gradient * plan.model.hidden_size)
+    states = max(2 * rows * (3 * plan.model.hidden_size + widest), gradient * plan.model.hidden_size)
+    coupled = sum(min(coupling.RUN, s.out_features) * s.out_features for s in plan.linears) // 2
     sizes = [output.estimated_bytes() for output in outputs]
-    return FLOAT_BYTES * states + sum(sizes) + max(sizes, default=0)
+    return FLOAT_BYTES * (states + coupled) + sum(sizes) + max(sizes, default=0)
 
 
 def require_disk(plan: Plan, outputs: Sequence[Output]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,24 +26,18 @@ from exlq.types import LinearSpec, Option
 from exlq.workspace import Workspace
 
 Stored = tuple[LinearSpec, dict[str, Tensor]]
-Keep = Callable[[str, Option, Tensor], None]
 
 JUDGED_TOKENS = 4096  # of the calibration, that learn how far corrections hold
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the linears of one model are rounded for good.
-
-    Each linear is also rounded to its `neighbours`, whose weights (out, in) float32 go to `keep` alone.
-    """
+    """How the linears of one model are rounded for good."""
 
     plan: Plan
     codec: Codec[Any]
     options: Mapping[str, Option]
     sensitivity: Sensitivity | None = None  # None: errors are not handed on between rows
-    neighbours: Mapping[str, Sequence[Option]] = field(default_factory=dict)
-    keep: Keep | None = None
 
     @property
     def follows_base(self) -> bool:
@@ -57,9 +51,6 @@ class Rounding:
         if drift is not None:
             weight = drift.corrected(weight, factor)
         coupling = None if self.sensitivity is None else self.sensitivity.coupling(spec.key, weight.device)
-        for option in self.neighbours.get(spec.key, ()):
-            assert self.keep is not None
-            self.keep(spec.key, option, trial.quantize(self.codec, spec, option, weight, factor, coupling)[1])
         option = self.options[spec.key]
         tensors, restored = trial.quantize(self.codec, spec, option, weight, factor, coupling)
         return (spec, tensors), restored
