@@ -82,7 +82,7 @@ def _is_to_measure(plan: Plan) -> bool:
 
 
 def _memory(plan: Plan) -> int:
-    """A block twice, base and quantized, the Hessians and factors of its inputs, the sweep's arrays, logits."""
+    """Two blocks, the Hessians and factors of their inputs, the sweep's arrays, logits."""
     block = max(
         sum(linear.spec.numel for linear in plan.model.linears(i)) for i in range(plan.model.n_blocks)
     )
