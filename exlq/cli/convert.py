@@ -107,8 +107,9 @@ def _rehearse(config: ConvertConfig) -> None:
                 (tensor, kind, figures["tensor_bytes"][tensor]) for tensor, kind in figures["types"].items()
             ]
             console.print(tables.types_table(rows, figures["file_bytes"]))
-        loss = figures["predicted_kl"]
-        told = "" if loss is None else f", predicted KL divergence {loss:.5f}"
+        told = ""
+        if figures["predicted_kl"] is not None:
+            told = f", predicted KL divergence {figures['predicted_kl']:.5f} ± {figures['predicted_se']:.5f}"
         console.print(f"{name}: {figures['bpw']:.4f} bits per weight{told}")
     for note in notes:
         console.print(note, markup=False)

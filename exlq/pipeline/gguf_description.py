@@ -24,6 +24,7 @@ from exlq.models import Model, open_model
 from exlq.models.config import read_json
 from exlq.pipeline.allocate import Choice
 from exlq.pipeline.plan import Plan
+from exlq.pipeline.prediction import predicted
 from exlq.types import GgufFamily, Weights
 
 WITHOUT_WINDOW = ("llama", "qwen2", "qwen3", "phi3")  # architectures whose sliding window llama.cpp ignores
@@ -122,8 +123,8 @@ def _provenance(plan: Plan, choice: Choice) -> list[KeyValue]:
         "exlq.bits_per_weight": choice.bpw,
         "exlq.settings.sha256": _settings_sha256(plan),
     }
-    if choice.loss is not None:
-        found["exlq.predicted_kl"] = choice.loss
+    if (prediction := predicted(choice.loss, config)) is not None:
+        found["exlq.predicted_kl"] = prediction.kl
     if config.weighted:
         found |= {
             "exlq.calibration.sha256": record.sha256,

@@ -31,6 +31,7 @@ from exlq.pipeline.measured import MEASUREMENT, PARTIAL, SENSITIVITY, measuremen
 from exlq.pipeline.output import Output
 from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.plan import Plan, make_plan
+from exlq.pipeline.prediction import predicted
 from exlq.pipeline.progress import Progress
 from exlq.workspace import Workspace
 
@@ -109,7 +110,7 @@ def rehearse(config: ConvertConfig) -> tuple[dict[str, dict[str, Any]], tuple[st
         raise ConfigError("--dry-run does not measure: give -m FILE, or --gguf-type NAME as the target")
     choices = {output: output.allocate(given) for output in outputs}
     figures = {
-        output.name: {"bpw": choice.bpw, "predicted_kl": choice.loss, **output.figures(choice)}
+        output.name: {"bpw": choice.bpw, **_foretold(config, choice), **output.figures(choice)}
         for output, choice in choices.items()
     }
     return figures, (*notes, *(note for choice in choices.values() for note in choice.notes))
@@ -157,22 +158,30 @@ def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[st
         job.progress("verifying", 0, 1)
         divergence = verify.verify_model(job.plan, output.opened(finished), Workspace(job.work))
         job.progress("verifying", 1, 1)
+    foretold = _foretold(job.config, choice)
     if output.trusted(choice):
-        verify.judge(choice.loss, divergence.kl_mean)
+        verify.judge(foretold["predicted_kl"], divergence.kl_mean)
     paths = output.put_in_place(finished, job.work)
     if record is not None:
-        evaluation = {"predicted_kl": choice.loss, "measured": asdict(divergence)}
+        evaluation = {**foretold, "measured": asdict(divergence)}
         evaluations = {**record.extra.get("evaluations", {}), _target_name(job.config, output): evaluation}
         record = replace(record, extra={**record.extra, "evaluations": evaluations})
         measurement.save(record, job.config.out_dir / MEASUREMENT)
-    return _result(output, choice, divergence, paths), record
+    return {**foretold, **_result(output, choice, divergence, paths)}, record
+
+
+def _foretold(config: ConvertConfig, choice: Choice) -> dict[str, float | None]:
+    """The expected KL divergence and its standard error, None where nothing was measured."""
+    found = predicted(choice.loss, config)
+    if found is None:
+        return {"predicted_kl": None, "predicted_se": None}
+    return {"predicted_kl": found.kl, "predicted_se": found.se}
 
 
 def _result(output: Output, choice: Choice, divergence: Divergence, paths: list[Path]) -> dict[str, Any]:
     solution = choice.allocation
     return {
         "bpw": choice.bpw,
-        "predicted_kl": choice.loss,
         "optimality_gap": None if solution is None else solution.gap,
         "evaluation": asdict(divergence),
         "paths": [str(path) for path in paths],

@@ -86,7 +86,9 @@ def _output_lines(name: str, made: Mapping[str, Any], summary: Mapping[str, Any]
     size = format_bytes(made["bytes"])
     if "file_bpw" in made:
         size += f", {made['file_bpw']:.3f} bits per weight with embedding and head"
-    predicted = "not measured" if made["predicted_kl"] is None else f"{made['predicted_kl']:.5f}"
+    predicted = "not measured"
+    if made["predicted_kl"] is not None:
+        predicted = f"{made['predicted_kl']:.5f} ± {made['predicted_se']:.5f}"
     lines = [
         (f"{name}: bits per weight", f"{made['bpw']:.4f}" + (f" (asked {asked:g})" if asked else "")),
         ("size", size),

@@ -22,6 +22,7 @@ def made(**figures: Any) -> dict[str, Any]:
         "bpw": 3.99951,
         "optimality_gap": 0.00012,
         "predicted_kl": 0.0131,
+        "predicted_se": 0.002,
         "evaluation": vars(FIGURES),
         "bytes": 3 << 20,
         "paths": ["out/exl2"],
@@ -53,7 +54,7 @@ def test_the_summary_shows_what_was_asked_got_and_lost() -> None:
     assert found["base"] == "5.00 GiB, perplexity 11.2500"
     assert found["perplexity"] == "11.5000"
     assert found["KL divergence"] == "0.01230 ± 0.00070 nats per token (base 0)"
-    assert found["predicted"] == "0.01310"
+    assert found["predicted"] == "0.01310 ± 0.00200"
     assert found["same best token"] == "94.33 %"
     assert found["compared on"] == "12,800 tokens of valid.parquet, rows held out of both passes"
     assert (found["file"], found["measurement"]) == ("out/exl2", "out/measurement.json")
