@@ -8,6 +8,7 @@ from exlq.calibration.rows import (
     TokenRows,
     cut_rows,
     heldout_mask,
+    random_rows,
     row_length,
     token_rows,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "heldout_mask",
     "load_tokenizer",
     "open_source",
+    "random_rows",
     "read_stream",
     "read_texts",
     "row_length",

@@ -77,6 +77,23 @@ def token_rows(
     return cut_rows(stream, n_rows, row_length, tokenizer_sha256, seed, mode)
 
 
+def random_rows(
+    tokenizer: PreTrainedTokenizerBase, like: TokenRows, share: float, vocab_size: int, seed: int
+) -> Tensor:
+    """(n, row_length) int64 rows of tokens drawn alike, no special ones; n is a share of the text rows.
+
+    Where BOS opens the rows of `like`, it opens these. They show a Hessian what the text never has.
+    """
+    n_rows, length = round(share * int((~like.heldout).sum())), like.ids.shape[1]
+    special = set(tokenizer.all_special_ids)
+    usable = torch.tensor([i for i in range(min(vocab_size, len(tokenizer))) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    ids = usable[torch.randint(0, len(usable), (n_rows, length), generator=generator)]
+    if like.record.bos_id is not None:
+        ids[:, 0] = like.record.bos_id
+    return ids
+
+
 def cut_rows(
     stream: TokenStream,
     n_rows: int,

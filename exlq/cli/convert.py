@@ -41,6 +41,13 @@ def arrange(parser: argparse.ArgumentParser) -> None:
     add("--states", choices=STATES, default="float32", help="how hidden states are kept; default float32")
     add("--measure", metavar="LIST", help=f"measure only the options of {formats}; default both")
     add(
+        "--random-rows",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="rows of random tokens to quantize on, for each row of text; default 0.25",
+    )
+    add(
         "--objective",
         choices=OBJECTIVES,
         default="kl",
@@ -147,6 +154,7 @@ def _config(parsed: argparse.Namespace) -> ConvertConfig:
         text_column=parsed.text_column,
         parse_special=parsed.parse_special,
         row_mode=parsed.rows,
+        random_share=parsed.random_rows,
         states=parsed.states,
         seed=parsed.seed,
         threads=parsed.threads,

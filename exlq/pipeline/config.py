@@ -67,6 +67,7 @@ class ConvertConfig:
     text_column: str | None = None
     parse_special: bool = False
     row_mode: Mode = "spread"
+    random_share: float = 0.25  # rows of random tokens to quantize on, for each row of text
     states: str = "float32"
     seed: int = 0
     threads: int | None = None
@@ -139,6 +140,8 @@ class ConvertConfig:
             raise ConfigError(f"-ss {self.shard_mib}: a shard size in MiB is wanted, 0 for one file")
         if self.split_bytes is not None and self.split_bytes < 1:
             raise ConfigError(f"--split-size {self.split_bytes}: a size of at least one byte is wanted")
+        if not 0 <= self.random_share <= 1:
+            raise ConfigError(f"--random-rows {self.random_share}: a share from 0 to 1 is wanted")
         if self.states not in STATES:
             raise ConfigError(f"--states {self.states}: choose {' or '.join(STATES)}")
 

@@ -155,6 +155,7 @@ def _settings_sha256(plan: Plan) -> str:
         "token_embedding_type": config.token_embedding_type,
         "rounding": config.rounding,
         "row_mode": config.row_mode,
+        "random_share": config.random_share,
         "parse_special": config.parse_special,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode()).hexdigest()

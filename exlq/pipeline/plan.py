@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
+from exlq.calibration import TokenRows, cut_rows, load_tokenizer, random_rows, read_stream, row_length
 from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
 from exlq.default_calibration import default_calibration
 from exlq.errors import FormatError, ModelError
@@ -34,6 +35,12 @@ class Plan:
     measurement_rows: TokenRows
     codecs: tuple[Codec[Any], ...]  # of the formats whose options are measured
     origin: Mapping[str, Any]  # model, calibration, settings: what a measurement is taken of
+    random_ids: Tensor  # (n, length) int64 rows of random tokens, quantized on beside the text's
+
+    @property
+    def quantized_on(self) -> Tensor:
+        """(n, length) int64: the text rows that are not held out, then the random ones."""
+        return torch.cat([self.rows.ids[~self.rows.heldout], self.random_ids])
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -111,7 +118,8 @@ def make_plan(config: ConvertConfig) -> Plan:
     _require_vocabulary(model, rows, measurement_rows)
     origin = _origin(config, model, measurement_rows, tokenizer_sha256)
     codecs = tuple(CODECS[name] for name in config.measured_formats)
-    plan = Plan(config, model, rows, measurement_rows, codecs, origin)
+    noise = random_rows(tokenizer, rows, config.random_share, model.vocab_size, config.seed)
+    plan = Plan(config, model, rows, measurement_rows, codecs, origin, noise)
     if config.measures:
         _require_measurable(plan)
     return plan

@@ -89,7 +89,7 @@ class Streams:
     @classmethod
     def begun(cls, rounding: Rounding, workspace: Workspace, embedding: Tensor | None) -> Streams:
         plan = rounding.plan
-        ids, dtype = plan.rows.ids[~plan.rows.heldout], passes.STATE_DTYPES[plan.config.states]
+        ids, dtype = plan.quantized_on, passes.STATE_DTYPES[plan.config.states]
         quantized = passes.embedded(plan.model, ids, workspace, dtype, embedding)
         if not rounding.follows_base:
             return cls(quantized, None, None)

@@ -66,7 +66,7 @@ class Substituted:
 
     def __init__(self, plan: Plan) -> None:
         self.model = whole_model(plan.config.in_dir)
-        self.rows = plan.rows.ids[~plan.rows.heldout]
+        self.rows = plan.quantized_on
         self.linears = {x.spec.key: (i, x) for i in range(2) for x in plan.model.linears(i)}
 
     def hessian_before(self, key: str) -> Tensor:
