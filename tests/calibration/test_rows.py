@@ -120,3 +120,20 @@ def test_row_length_keeps_to_the_model() -> None:
     assert calibration.row_length(4096, 8192) == 4096
     with pytest.raises(ConfigError, match=r"rows of 513 tokens .* 2 to 512 \(max_position_embeddings\)"):
         calibration.row_length(513, 512)
+
+
+def test_random_rows_are_of_ordinary_tokens_behind_the_same_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    like = cut(list(range(1000)), 16, 50)
+    found = calibration.random_rows(tokenizer, like, 0.5, 200, seed=3)
+    assert found.shape == (7, 50), "half as many as are not held out"
+    assert set(found[:, 0].tolist()) == {9}
+    drawn = found[:, 1:]
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < 200
+    assert not set(drawn.flatten().tolist()) & set(tokenizer.all_special_ids)
+    assert len(set(drawn.flatten().tolist())) > 100
+    assert torch.equal(found, calibration.random_rows(tokenizer, like, 0.5, 200, seed=3))
+    assert not torch.equal(found, calibration.random_rows(tokenizer, like, 0.5, 200, seed=4))
+
+
+def test_no_share_is_no_random_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert calibration.random_rows(tokenizer, cut(list(range(1000)), 16, 50), 0.0, 200, 0).shape == (0, 50)

@@ -173,7 +173,7 @@ def test_a_held_out_row_reaches_no_hessian(
 
     monkeypatch.setattr(HessianSum, "zeros", counted)
     before = quantized(plan, every_linear_at(plan, COARSEST), tmp_path)
-    assert [total.n_tokens for total in counts] == [21 * 64] * 9
+    assert [total.n_tokens for total in counts] == [(21 + 5) * 64] * 9, "text and random rows"
     plan.rows.ids[plan.rows.heldout] = 7  # whatever they hold, the outcome is the same
     after = quantized(plan, every_linear_at(plan, COARSEST), tmp_path)
     assert all(torch.equal(before[key], after[key]) for key in before)
