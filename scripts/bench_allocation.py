@@ -25,7 +25,7 @@ import torch
 from exlq.calibration import evaluation_chunks, load_tokenizer
 from exlq.evaluate.divergence import Divergence, against
 from exlq.evaluate.predictor import Blockwise, Predictor
-from exlq.formats import CODECS
+from exlq.formats.codecs import CODECS
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
 from exlq.pipeline import measured
 from exlq.pipeline.allocate import Choice, measured_loss, records

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from exlq.evaluate.run import evaluate
-from exlq.formats import CODECS
+from exlq.formats.codecs import CODECS
 from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from exlq.calibration import evaluation_chunks, load_tokenizer
 from exlq.evaluate.predictor import TOKENS_AT_ONCE
-from exlq.formats import CODECS
 from exlq.formats.codec import Codec
-from exlq.models import Linear, Model
+from exlq.formats.codecs import CODECS
+from exlq.models.layout import Linear
+from exlq.models.model import Model
 from exlq.numerics import hessian
 from exlq.numerics.coupling import Coupling
 from exlq.pipeline import measured, passes, trial

@@ -24,7 +24,8 @@ from torch import Tensor
 from exlq.calibration import evaluation_chunks, load_tokenizer
 from exlq.errors import ExlqError
 from exlq.formats.exl2_directory import Exl2Weights
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
 
 WANTED_VERSION = "0.3.2"
 MOST_KL = 2e-3  # nats, mean; float16 kernels stay well below

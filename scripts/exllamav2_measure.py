@@ -10,8 +10,9 @@ from torch import Tensor
 
 from exlq.formats import exl2
 from exlq.formats.exl2_options import groups_of
-from exlq.models import Block, Model
+from exlq.models.block import Block
 from exlq.models.family import ATTENTION
+from exlq.models.model import Model
 from exlq.models.skeleton import Returns, swapped
 from exlq.pipeline import passes
 from exlq.types import LinearSpec, Option

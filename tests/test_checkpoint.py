@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
+from exlq.checkpoint.hashes import file_hashes, tokenizer_hash
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import ModelError
 
 TENSORS: dict[str, Tensor] = {

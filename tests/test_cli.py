@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from exlq import __version__, cli
+from exlq import __version__
 from exlq.cli import convert_main, main
+from exlq.cli.screen import Screen, Terminal
 from exlq.evaluate.run import evaluate
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline import verify
 from tests.helpers import make_model
 from tests.pipeline.helpers import Place, block_is_read, contents, convert, settings, write_ids
@@ -44,7 +45,6 @@ def test_a_command_that_works_prints_its_plan_and_its_result(
     monkeypatch.setenv("COLUMNS", "300")
     assert main(place.arguments()) == 0
     shown = capsys.readouterr()
-    assert shown.err == ""
     for part in (
         "Plan",
         "LlamaForCausalLM, 2 blocks",
@@ -52,12 +52,15 @@ def test_a_command_that_works_prints_its_plan_and_its_result(
         "reachable",
     ):
         assert part in shown.out
-    assert "measuring 3/3" in shown.out
+    assert "measuring 3/3" in shown.err
+    assert "error" not in shown.err
     summary = json.loads((place.out / "summary.json").read_text(encoding="utf-8"))
     result = summary["outputs"]["exl2"]
     assert f"{result['bpw']:.4f} (asked 6)" in shown.out
     assert f"{result['evaluation']['kl_mean']:.5f}" in shown.out
-    assert shown.out.index("Plan") < shown.out.index("gradients 1/4") < shown.out.index("Result")
+    assert shown.out.index("Plan") < shown.out.index("Result")
+    stages = ["gradients 1/4", "measuring", "quantizing exl2", "verifying exl2"]
+    assert sorted(stages, key=shown.err.index) == stages
 
 
 def test_the_same_command_again_prints_the_summary_and_reads_nothing(
@@ -76,9 +79,9 @@ def test_the_same_command_again_prints_the_summary_and_reads_nothing(
     assert f"{summary['outputs']['exl2']['bpw']:.4f}" in shown.out
     assert contents(place.out) == before
     with pytest.raises(AssertionError, match="block 0 was read"):
-        main(place.arguments("-nr"))
+        main(place.arguments("-nr", "--debug"))
     with pytest.raises(AssertionError, match="block 0 was read"):
-        main(place.arguments("-b", "5.0"))
+        main(place.arguments("-b", "5.0", "--debug"))
 
 
 def test_a_measurement_alone_says_where_it_is(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,7 +96,7 @@ def test_work_that_fails_ends_with_1_and_one_line(
 ) -> None:
     monkeypatch.setattr(verify, "ALLOWED_KL", 0.0)
     monkeypatch.setattr(verify, "ALLOWED_RATIO", 0.0)
-    assert main(place.arguments("-m", str(done / "measurement.json"))) == 1
+    assert main(place.arguments("-q", "-m", str(done / "measurement.json"))) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: KL divergence 0.0")
@@ -103,11 +106,11 @@ def test_work_that_fails_ends_with_1_and_one_line(
 def test_an_interruption_ends_with_130_and_no_traceback(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(stage: str, done: int, total: int) -> None:
+    def interrupted(_: Screen, stage: str, done: int, total: int) -> None:
         if (stage, done) == ("measuring", 1):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.convert, "show_progress", interrupted)
+    monkeypatch.setattr(Terminal, "__call__", interrupted)
     assert main(place.arguments()) == 130
     assert capsys.readouterr().err.startswith("error: interrupted")
     assert (place.out / "work" / "measurement.partial.json").exists()

@@ -33,8 +33,8 @@ def test_the_output_and_its_size_are_printed(
     shown = capsys.readouterr()
     size = (tmp_path / "out.gguf").stat().st_size
     n_weights = sum(tensor.numel() for tensor in random_tensors().values())
-    assert shown.err == ""
-    assert "writing 7/7" in shown.out
+    assert "error" not in shown.err
+    assert "writing 7/7" in shown.err
     assert f"file: {tmp_path / 'out.gguf'}" in shown.out
     assert f"{8 * size / n_weights:.4f} bits per weight" in shown.out
     assert contents(tmp_path).keys() == before.keys() | {"out.gguf"}

@@ -22,6 +22,7 @@ FLOORS = {
     "types": 0,
     "files": 0,
     "memory": 0,
+    "names": 0,
     "sizes": 1,
     "numerics": 1,
     "allocation": 1,
@@ -33,6 +34,7 @@ FLOORS = {
     "formats": 2,
     "models": 2,
     "pipeline": 3,
+    "recipes": 3,
     "evaluate": 3,
     "report": 4,
     "cli": 4,
@@ -42,6 +44,7 @@ FLOORS = {
 NEIGHBOURS = {
     ("measurement", "allocation"),  # a record gives the solver its items
     ("pipeline", "evaluate"),  # a job measures what it wrote
+    ("pipeline", "recipes"),
     ("cli", "report"),
     ("__main__", "cli"),
 }
@@ -161,6 +164,13 @@ def test_only_the_command_line_prints(path: Path) -> None:
         ("exlq.types", ["torch", "numpy"]),
         ("exlq.allocation", ["torch", "transformers", "pyarrow"]),
         ("exlq.measurement", ["torch", "transformers", "pyarrow"]),
+        ("exlq.names", ["torch", "numpy"]),
+        ("exlq.recipes", ["torch", "transformers", "pyarrow"]),
+        ("exlq.pipeline.config", ["torch", "transformers", "pyarrow"]),
+        ("exlq.cli", ["torch", "transformers", "pyarrow", "numpy"]),
+        ("exlq.formats.gguf.recipes, exlq.formats.gguf.header", ["torch", "transformers", "pyarrow"]),
+        ("exlq.models.families, exlq.models.config", ["torch", "transformers", "pyarrow"]),
+        ("exlq.formats.exl2_options, exlq.checkpoint.hashes", ["torch", "transformers", "pyarrow"]),
         ("exlq.numerics", ["transformers", "scipy", "pyarrow", "numba"]),
     ],
 )

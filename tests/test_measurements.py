@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from exlq import measurement
-from exlq.checkpoint import file_hashes, tokenizer_hash
+from exlq.checkpoint.hashes import file_hashes, tokenizer_hash
 from exlq.default_calibration import default_calibration
 from exlq.files import sha256_file
 from tests.freeze_allocations import FROZEN, MEASUREMENT, ROOT, TARGETS, solved

@@ -4,7 +4,6 @@ from exlq.calibration.evaluation import evaluation_chunks
 from exlq.calibration.rows import (
     MINIMUM_ROWS,
     CalibrationRecord,
-    Mode,
     TokenRows,
     cut_rows,
     heldout_mask,
@@ -19,7 +18,6 @@ from exlq.calibration.tokenizer import bos_id, load_tokenizer
 __all__ = [
     "MINIMUM_ROWS",
     "CalibrationRecord",
-    "Mode",
     "Source",
     "TokenRows",
     "TokenStream",

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from exlq.calibration.stream import TokenStream, read_stream
 from exlq.errors import CalibrationError, ConfigError
+from exlq.names import Mode
 
 DEFAULT_LENGTH = 2048
 HELDOUT_EVERY = 8
 MINIMUM_ROWS = HELDOUT_EVERY  # fewer only if fewer were asked for: one in eight is to be held out
-
-Mode = Literal["spread", "first"]
 
 
 @dataclass(frozen=True)

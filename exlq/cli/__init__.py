@@ -1,4 +1,4 @@
-"""The command line: arguments, progress, exit codes. The only place that prints."""
+"""The command line: arguments, screen, exit codes. The only place that prints."""
 
 from __future__ import annotations
 
@@ -6,28 +6,26 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Sequence
+from importlib import import_module
 
-import torch
+from exlq.cli.commands import COMMANDS
+from exlq.cli.parser import Parser, whole_parser
+from exlq.cli.screen import Screen, make_screen
+from exlq.errors import ExlqError, InputError
 
-from exlq import __doc__ as summary_of_exlq
-from exlq import __version__
-from exlq.cli import convert, evaluate, imatrix, quantize
-from exlq.cli.shared import errors
-from exlq.errors import ConfigError, ExlqError, InputError
+INTERRUPTED = 130  # as shells have it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`exlq COMMAND …`; the exit code: 0 done, 1 the work failed, 2 the input cannot be used."""
-    parser = argparse.ArgumentParser(prog="exlq", description=summary_of_exlq)
-    parser.add_argument("--version", action="version", version=f"exlq {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY)
-        module.arrange(command)
-        command.set_defaults(run=module.run)
-    return _run(parser.parse_args(arguments))
+    parsed = whole_parser().parse_args(arguments)
+    _quiet_libraries()
+    with make_screen(parsed) as screen:
+        if parsed.debug:
+            _run(parsed, screen)
+            return 0
+        return _exit_code(parsed, screen)
 
 
 def convert_main() -> int:
@@ -35,28 +33,31 @@ def convert_main() -> int:
     return main(["convert", *sys.argv[1:]])
 
 
-def _run(parsed: argparse.Namespace) -> int:
-    _quiet_libraries()
+def _run(parsed: argparse.Namespace, screen: Screen) -> None:
+    module = import_module(f"exlq.cli.{COMMANDS[parsed.command].module}")
+    if getattr(parsed, "threads", None) is not None:
+        import_module("exlq.cli.threads").use(parsed.threads)
+    module.run(parsed, screen)
+
+
+def _exit_code(parsed: argparse.Namespace, screen: Screen) -> int:
+    """Runs the command; every failure becomes one line."""
     try:
-        if parsed.threads is not None:
-            if parsed.threads < 1:
-                raise ConfigError(f"--threads {parsed.threads}: at least 1 is wanted")
-            torch.set_num_threads(parsed.threads)
-        parsed.run(parsed)
+        _run(parsed, screen)
     except ExlqError as exc:
-        _fail(str(exc))
-        return 2 if isinstance(exc, InputError) else 1
+        code = 2 if isinstance(exc, InputError) else 1
+        screen.fail(str(exc), code)
+        return code
     except OSError as exc:
-        _fail(f"{exc.filename or 'a file'}: {exc.strerror or exc}")
+        screen.fail(f"{exc.filename or 'a file'}: {exc.strerror or exc}", 1)
         return 1
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it can")
-        return 130
+        screen.fail(f"interrupted; {COMMANDS[parsed.command].interrupted}", INTERRUPTED)
+        return INTERRUPTED
+    except Exception as exc:
+        screen.fail(f"a fault of exlq: {type(exc).__name__}: {exc}; --debug shows where, please report it", 1)
+        return 1
     return 0
-
-
-def _fail(message: str) -> None:
-    errors.print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
 
 
 def _quiet_libraries() -> None:
@@ -64,9 +65,4 @@ def _quiet_libraries() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
-COMMANDS: Mapping[str, ModuleType] = {
-    "convert": convert,
-    "eval": evaluate,
-    "imatrix": imatrix,
-    "quantize": quantize,
-}
+__all__ = ["Parser", "convert_main", "main"]

@@ -5,121 +5,58 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from exlq.cli.shared import arrange_calibration, arrange_machine, console, show_progress
-from exlq.formats import CODECS
-from exlq.formats.exl2_options import HEAD_BITS
+from exlq.cli.screen import Screen
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import recipe_named
 from exlq.pipeline import job
-from exlq.pipeline.config import OBJECTIVES, STATES, ConvertConfig
+from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.estimate import estimate
 from exlq.report import tables
 from exlq.sizes import parse_bytes
 
-SUMMARY = "Quantize a model to an average of bits per weight."
 
-
-def arrange(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-i", "--in_dir", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
-    add("-o", "--out_dir", type=Path, required=True, metavar="DIR", help="job directory")
-    add("-b", "--bits", type=float, help="target: average bits per weight of the decoder's linears")
-    add("--file-size", metavar="SIZE", help="target: most bytes of the GGUF file, as 4.2GiB; all shards")
-    add("--gguf-type", metavar="NAME", help="target: a recipe of llama-quantize, as Q4_K_M")
-    heads = ", ".join(map(str, HEAD_BITS))
-    add("-hb", "--head_bits", type=int, default=6, help=f"bits of lm_head: {heads}; default 6")
-    formats = ", ".join(CODECS)
-    add("--format", metavar="LIST", help=f"comma list of {formats}; default: all that can be made")
-    add("-ss", "--shard_size", type=int, default=8192, metavar="MIB", help="largest file, 0 for one; 8192")
-    add("-cf", "--compile_full", type=Path, metavar="DIR", help="put the model there instead of OUT/exl2")
-    add("-om", "--output_measurement", type=Path, metavar="FILE", help="measure only, and save it there")
-    add("-m", "--measurement", type=Path, metavar="FILE", help="take this measurement, measure nothing")
-    add("--force-measurement", action="store_true", help="take -m's file even if measured otherwise")
-    add("-nr", "--no_resume", action="store_true", help="begin anew, whatever an earlier run has left")
-    add("--states", choices=STATES, default="float32", help="how hidden states are kept; default float32")
-    add("--measure", metavar="LIST", help=f"measure only the options of {formats}; default both")
-    add(
-        "--random-rows",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="rows of random tokens to quantize on, for each row of text; default 0.25",
-    )
-    add(
-        "--objective",
-        choices=OBJECTIVES,
-        default="kl",
-        help="what the mix is to keep small: the predicted KL divergence, or the linears' relative output "
-        "errors, which takes no gradients",
-    )
-    add("--permute-mlp", action="store_true", help="reorder channels inside MLPs and heads to fit the blocks")
-    add("--dry-run", action="store_true", help="print types and sizes, do nothing")
-    _arrange_gguf(parser.add_argument_group("GGUF"))
-    arrange_calibration(parser)
-    _arrange_measurement(parser)
-    arrange_machine(parser)
-
-
-def _arrange_gguf(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--split-size", metavar="SIZE", help="largest file, as 2GiB; default one file")
-    add(
-        "--no-gptq", action="store_true", help="plain rounding weighted by the activations, no error feedback"
-    )
-    add("--unweighted", action="store_true", help="plain rounding without calibration; with --gguf-type")
-    add("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="types by hand; repeatable")
-    add("--tensor-type-file", type=Path, metavar="FILE", help="such items from a file")
-    add("--output-tensor-type", metavar="TYPE", help="type of output.weight")
-    add("--token-embedding-type", metavar="TYPE", help="type of token_embd.weight")
-    add("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, if it is not known")
-    add("--gguf-template", type=Path, metavar="FILE", help="take all but the weights from this GGUF")
-
-
-def _arrange_measurement(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("-mr", "--measurement_rows", type=int, metavar="N", help="rows to measure on; default 32,768 tokens")
-    add("-ml", "--measurement_length", type=int, metavar="N", help="tokens in a row to measure on")
-
-
-def run(parsed: argparse.Namespace) -> None:
+def run(parsed: argparse.Namespace, screen: Screen) -> None:
     config = _config(parsed)
     if parsed.dry_run:
-        _rehearse(config)
+        _rehearse(config, screen)
         return
     done = job.finished_summary(config)
     if done is not None:
-        console.print("This conversion is finished; -nr does it again.")
-        console.print(tables.summary_table(done))
+        screen.tell("This conversion is finished; -nr does it again.")
+        screen.show(tables.summary_table(done), done)
         return
-    started = job.begin(config, show_progress, shlex.join(sys.argv))
-    console.print(
-        tables.plan_table(
-            started.plan, started.outputs, started.notes, estimate(started.plan, started.outputs)
-        )
-    )
+    started = job.begin(config, screen, shlex.join(sys.argv))
+    expected = estimate(started.plan, started.outputs)
+    screen.tell(tables.plan_table(started.plan, started.outputs, started.notes, expected))
+    screen.expect(expected.stages_s)
     summary = job.run(started)
     if summary is None:
-        console.print(f"measurement: {config.output_measurement}")
+        made = str(config.output_measurement)
+        screen.show(f"measurement: {made}", {"measurement": made})
     else:
-        console.print(tables.summary_table(summary))
+        screen.show(tables.summary_table(summary), summary)
 
 
-def _rehearse(config: ConvertConfig) -> None:
+def _rehearse(config: ConvertConfig, screen: Screen) -> None:
     formats, notes = job.rehearse(config)
-    for name, figures in formats.items():
+    for figures in formats.values():
         if "types" in figures:
-            rows = [
-                (tensor, kind, figures["tensor_bytes"][tensor]) for tensor, kind in figures["types"].items()
-            ]
-            console.print(tables.types_table(rows, figures["file_bytes"]))
-        told = ""
-        if figures["predicted_kl"] is not None:
-            told = f", predicted KL divergence {figures['predicted_kl']:.5f} ± {figures['predicted_se']:.5f}"
-        console.print(f"{name}: {figures['bpw']:.4f} bits per weight{told}")
-    for note in notes:
-        console.print(note, markup=False)
+            sizes = figures["tensor_bytes"]
+            rows = [(tensor, kind, sizes[tensor]) for tensor, kind in figures["types"].items()]
+            screen.tell(tables.types_table(rows, figures["file_bytes"]))
+    lines = [*(_foretold(name, figures) for name, figures in formats.items()), *notes]
+    screen.show("\n".join(lines), {"outputs": formats, "notes": notes})
+
+
+def _foretold(name: str, figures: Mapping[str, Any]) -> str:
+    told = ""
+    if figures["predicted_kl"] is not None:
+        told = f", predicted KL divergence {figures['predicted_kl']:.5f} ± {figures['predicted_se']:.5f}"
+    return f"{name}: {figures['bpw']:.4f} bits per weight{told}"
 
 
 def _config(parsed: argparse.Namespace) -> ConvertConfig:

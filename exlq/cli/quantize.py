@@ -9,68 +9,33 @@ from pathlib import Path
 
 import torch
 
-from exlq.cli.shared import console, show_progress
+from exlq.cli.screen import Screen
 from exlq.errors import ConfigError
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import recipe_named
 from exlq.formats.gguf.shards import without_number
+from exlq.formats.gguf.types import BLOCKS
 from exlq.formats.gguf.writer import tensor_bytes
-from exlq.formats.gguf_blocks import TYPES
-from exlq.formats.gguf_blocks.fit import SEARCHES
 from exlq.pipeline.requantize import COPY, Requantization, Request, prepared
 from exlq.pipeline.requantize import run as requantize
 from exlq.report import tables
 from exlq.sizes import format_bytes, parse_bytes
 
-SUMMARY = "Quantize a GGUF file, by rounding weighted with an importance matrix."
-TYPE_AT_END = re.compile(rf"[-.](?:{'|'.join(TYPES)})$", re.IGNORECASE)
+TYPE_AT_END = re.compile(rf"[-.](?:{'|'.join(BLOCKS)})$", re.IGNORECASE)
 
 
-def arrange(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "exlq quantize [options] IN.gguf [OUT.gguf] TYPE [THREADS]"
-    add = parser.add_argument
-    add(
-        "arguments",
-        nargs="+",
-        metavar="IN.gguf [OUT.gguf] TYPE [THREADS]",
-        help="a file of floats, of a split one the first; default OUT: IN's name with the TYPE; "
-        "TYPE: a recipe of llama-quantize, as Q4_K_M, or COPY",
-    )
-    add("--imatrix", type=Path, metavar="FILE", help="importance matrix, GGUF or .dat")
-    add("--include-weights", action="append", default=[], metavar="PART", help="use only entries so named")
-    add("--exclude-weights", action="append", default=[], metavar="PART", help="use no entries so named")
-    add("--tensor-type", action="append", default=[], metavar="REGEX=TYPE", help="types by hand; repeatable")
-    add("--tensor-type-file", type=Path, metavar="FILE", help="such items from a file")
-    add("--output-tensor-type", metavar="TYPE", help="type of output.weight")
-    add("--token-embedding-type", metavar="TYPE", help="type of token_embd.weight")
-    add("--pure", action="store_true", help="the recipe's main type for all tensors")
-    add("--leave-output-tensor", action="store_true", help="keep output.weight as it is")
-    add("--allow-requantize", action="store_true", help="also round tensors that are quantized already")
-    add("--override-kv", action="append", default=[], metavar="KEY=TYPE:VALUE", help="set metadata")
-    add("--split-size", metavar="SIZE", help="largest file, as 2GiB; default one file")
-    add("--keep-split", action="store_true", help="the same shards as IN")
-    add(
-        "--search",
-        choices=list(SEARCHES),
-        default="best",
-        help="how hard scales are searched; default best; fast is several times as fast",
-    )
-    add("--dry-run", action="store_true", help="print types and sizes, write nothing")
-    add("--threads", type=int, metavar="N", help="threads of the arithmetic; default torch's")
-
-
-def run(parsed: argparse.Namespace) -> None:
+def run(parsed: argparse.Namespace, screen: Screen) -> None:
     with prepared(_request(parsed)) as job:
         for note in job.notes:
-            console.print(f"note: {note}", markup=False, highlight=False)
+            screen.tell(f"note: {note}")
         if parsed.dry_run:
             rows = [(info.name, info.type, tensor_bytes(info)) for info in job.tensors]
-            console.print(tables.types_table(rows, job.n_bytes))
-            console.print(_size(job), highlight=False)
+            screen.tell(tables.types_table(rows, job.n_bytes))
+            screen.show(_size(job), {"bytes": job.n_bytes, "types": {name: kind for name, kind, _ in rows}})
             return
-        for path in requantize(job, show_progress):
-            console.print(f"file: {path}", markup=False, highlight=False)
-        console.print(_size(job), highlight=False)
+        paths = [str(path) for path in requantize(job, screen)]
+        shown = "\n".join([*(f"file: {path}" for path in paths), _size(job)])
+        screen.show(shown, {"paths": paths, "bytes": job.n_bytes, "bpw": job.bits_per_weight})
 
 
 def _size(job: Requantization) -> str:

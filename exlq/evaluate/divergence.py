@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exlq.evaluate.predictor import Blockwise, Logits, Predictor
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.numerics.precision import widest
 from exlq.workspace import Workspace
 

@@ -8,8 +8,9 @@ from exlq.errors import FormatError, ModelError
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.tensors import file_tensors
 from exlq.formats.gguf.weights import GgufWeights
-from exlq.models import Model, open_model
 from exlq.models.config import read_json
+from exlq.models.model import Model
+from exlq.models.open import open_model
 
 _HEAD = "output.weight"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exlq.evaluate.dequantized import dequantized_copy
 from exlq.evaluate.llamacpp import Runtime
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.workspace import Workspace
 
 TOKENS_AT_ONCE = 2048  # through a block

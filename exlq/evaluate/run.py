@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from exlq.calibration import evaluation_chunks, load_tokenizer, row_length
-from exlq.checkpoint import open_checkpoint
 from exlq.checkpoint.files import find_weight_files
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import ConfigError, FormatError, ModelError
 from exlq.evaluate.dequantized import infos_of_copy
 from exlq.evaluate.divergence import Divergence, against
@@ -21,13 +21,14 @@ from exlq.evaluate.gguf_text import gguf_chunks
 from exlq.evaluate.llamacpp import Runtime
 from exlq.evaluate.predictor import LEAST_CONTEXT, Blockwise, InLlamaCpp, Predictor
 from exlq.formats.exl2_directory import Exl2Weights, is_exl2
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
+from exlq.names import LLAMA_CPP, TORCH
 from exlq.types import Weights
 from exlq.workspace import Workspace
 
 DEFAULT_CONTEXT = 512
 LEAST_TOKENS = 3  # of a chunk, whose second half has one token to be predicted
-TORCH, LLAMA_CPP = "torch", "llama.cpp"
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Settings:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.runtime not in RUNTIMES:
-            raise ConfigError(f"--runtime {self.runtime}: one of {', '.join(RUNTIMES)} was wanted")
+        if self.runtime not in RUNNERS:
+            raise ConfigError(f"--runtime {self.runtime}: one of {', '.join(RUNNERS)} was wanted")
         if self.weights_only and self.runtime != LLAMA_CPP:
             raise ConfigError(
                 f"--weights-only with --runtime {self.runtime}: torch runs the weights alone anyway; "
@@ -165,7 +166,7 @@ def _check_vocabulary(base: Path, first: Predictor, model: Path, other: Predicto
 def _predictor(place: _Place, path: Path, name: str) -> Predictor:
     """What runs a model; nothing but its tables and small tensors is read yet."""
     if is_gguf(path):
-        return RUNTIMES[place.settings.runtime](place, path, name)
+        return RUNNERS[place.settings.runtime](place, path, name)
     return Blockwise(open_any(path, place.device), Workspace(place.scratch), name)
 
 
@@ -211,7 +212,7 @@ def _chunks(place: _Place, text: Path, longest: int) -> Tensor:
         return gguf_chunks(text, runtime, context, settings.max_chunks, settings.text_column)
 
 
-RUNTIMES: dict[str, Callable[[_Place, Path, str], Predictor]] = {
+RUNNERS: dict[str, Callable[[_Place, Path, str], Predictor]] = {
     TORCH: _gguf_in_torch,
     LLAMA_CPP: _gguf_in_llama_cpp,
 }

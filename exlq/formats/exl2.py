@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from exlq.errors import FormatError
+from exlq.formats.exl2_options import WIDTHS
 from exlq.numerics import bitpack
 from exlq.types import Group
 
-WIDTHS = (8, 6, 5, 4, 3, 2)  # bits a group may have; groups are stored in falling order
 OUT_MULTIPLE = 32  # columns are padded to this
 SUFFIXES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from exlq.errors import FormatError
-from exlq.formats.exl2 import WIDTHS
 from exlq.types import Group, Option
 
+WIDTHS = (8, 6, 5, 4, 3, 2)  # bits a group may have; groups are stored in falling order
 SCALE_BITS = 4
 
 # (share of the first width, widths, group size), fewest bits first. On the size-error front of trained
@@ -56,8 +56,6 @@ _HEAD: Mapping[int, tuple[float, tuple[int, ...], int]] = {
     6: (0.15, (8, 6), 32),
     8: (1, (8,), 32),
 }
-
-HEAD_BITS = tuple(_HEAD)
 
 
 def _option(share: float, bits: tuple[int, ...], group_size: int) -> Option:

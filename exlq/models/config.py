@@ -7,20 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
 from exlq.errors import ModelError
+from exlq.models.families import FAMILIES
 from exlq.models.family import Family
 
 # Read by this package's own readers, which hand over plain tensors.
 _READABLE_METHODS = ("exl2",)
 
 
-def read_family(directory: Path, families: Mapping[str, Family]) -> Family:
-    """The family config.json names; `families` maps architecture names to families.
+def family_of(directory: Path) -> Family:
+    """The family config.json names.
 
     Raises ModelError for anything that is not exactly one supported, unquantized architecture.
     """
+    families = {name: family for family in FAMILIES.values() for name in family.architectures}
     raw = read_json(directory)
     named = raw.get("architectures")
     supported = ", ".join(sorted(families))
@@ -36,21 +36,6 @@ def read_family(directory: Path, families: Mapping[str, Family]) -> Family:
     _check_model_type(directory, raw, family)
     _check_not_quantized(directory, raw)
     return family
-
-
-def read_config(directory: Path, family: Family) -> Any:
-    """The transformers config of a directory, its rope settings in either form; runs no code of its own."""
-    raw = read_json(directory)
-    kept = {
-        key: value
-        for key, value in raw.items()
-        if key not in ("model_type", "auto_map", "quantization_config")
-    }
-    try:
-        return CONFIG_MAPPING[family.model_type].from_dict(kept)
-    except Exception as exc:  # the library and its validators raise what they like
-        reason = " ".join(str(exc).split())
-        raise ModelError(f"{directory}: transformers cannot use this config.json: {reason}") from exc
 
 
 def read_json(directory: Path) -> dict[str, Any]:

@@ -6,17 +6,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from exlq.calibration.rows import STARTS, Mode
 from exlq.errors import ConfigError
-from exlq.formats import CODECS
-from exlq.formats.exl2_options import HEAD_BITS
+from exlq.names import FORMATS, HEAD_BITS, OBJECTIVES, ROW_MODES, STATES, Mode
 
 QUANTIZE_TOKENS = 100 * 2048  # what -r and -l come to by default
 MEASURE_TOKENS = 16 * 2048  # likewise -mr and -ml
 # One row is held out; the second half of a row of 3 has one token to be predicted.
 LEAST = {"rows": 2, "length": 3, "measurement_rows": 2, "measurement_length": 2, "threads": 1}
-STATES = ("float32", "bf16")
-OBJECTIVES = ("kl", "output-error")  # what an allocation minimises the sum of
 
 
 @dataclass(frozen=True)
@@ -81,12 +77,12 @@ class ConvertConfig:
         if self.head_bits not in HEAD_BITS:
             raise ConfigError(f"-hb {self.head_bits}: the head takes {', '.join(map(str, HEAD_BITS))} bits")
         for flag, names in (("--format", self.formats), ("--measure", self.measure)):
-            if names is not None and (not names or set(names) - set(CODECS)):
-                raise ConfigError(f"{flag} {','.join(names)}: known formats are {', '.join(CODECS)}")
+            if names is not None and (not names or set(names) - set(FORMATS)):
+                raise ConfigError(f"{flag} {','.join(names)}: known formats are {', '.join(FORMATS)}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"--objective {self.objective}: choose {' or '.join(OBJECTIVES)}")
-        if self.row_mode not in STARTS:
-            raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(STARTS)}")
+        if self.row_mode not in ROW_MODES:
+            raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(ROW_MODES)}")
         self._check_counts()
 
     @property
@@ -103,12 +99,17 @@ class ConvertConfig:
     @property
     def measured_formats(self) -> tuple[str, ...]:
         """Formats whose options are measured."""
-        return tuple(name for name in CODECS if self.measure is None or name in self.measure)
+        return tuple(name for name in FORMATS if self.measure is None or name in self.measure)
 
     @property
     def couples_rows(self) -> bool:
         """Whether rounding errors are handed on between output rows."""
         return self.gptq and self.methods.row_feedback and self.objective == "kl"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether later linears make up for what earlier ones have changed."""
+        return self.gptq and self.methods.input_correction
 
     @property
     def rounding(self) -> str:

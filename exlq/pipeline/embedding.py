@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exlq.formats.codec import Codec
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.numerics import hessian
 from exlq.numerics.hessian import energies
 from exlq.pipeline import trial

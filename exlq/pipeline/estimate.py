@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ PROBE = 1024  # side of the matrices whose product is timed
 PROBE_REPEATS = 4
 SLOWDOWN = 1.6  # of whole stages over their matrix products, on CPUs
 FLOAT_BYTES = 4
+GRADIENTS, MEASURING = "gradients", "measuring"
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,18 @@ class Estimate:
     """Seconds by stage, and bytes; rough, from the arithmetic and the matrix product's rate."""
 
     gemm_flops: float
-    measuring_s: float
-    quantizing_s: float
+    stages_s: Mapping[str, float]  # in their order, by the names that progress is told of
     memory_bytes: int
     disk_bytes: int
     output_bytes: int
 
     @property
     def total_s(self) -> float:
-        return self.measuring_s + self.quantizing_s
+        return sum(self.stages_s.values())
+
+    @property
+    def measuring_s(self) -> float:
+        return self.stages_s.get(GRADIENTS, 0.0) + self.stages_s.get(MEASURING, 0.0)
 
 
 def estimate(plan: Plan, outputs: Sequence[Output]) -> Estimate:
@@ -53,13 +57,17 @@ def estimate(plan: Plan, outputs: Sequence[Output]) -> Estimate:
     )
     sweeps = sum(s.out_features * s.in_features**2 for s in linears)
     factors = sum(size**3 for _, size in inputs)
-    measuring = gradient + plan.measurement_rows.ids.numel() * (forward + hessians) + trials + factors
+    measuring = plan.measurement_rows.ids.numel() * (forward + hessians) + trials + factors
+    checked = int(plan.rows.heldout.sum()) * plan.rows.ids.shape[1]
     beside = 2 if plan.config.gptq else 1  # the base model runs beside the quantized one
     quantizing = plan.rows.ids.numel() * beside * (forward + hessians) + beside * sweeps + factors
+    stages: dict[str, float] = {GRADIENTS: gradient} if _wants_gradients(plan) else {}
+    stages |= {MEASURING: measuring} if _is_to_measure(plan) else {}
+    stages |= {f"quantizing {output.name}": quantizing for output in outputs}
+    stages |= {f"verifying {output.name}": checked * 2 * forward for output in outputs}
     return Estimate(
         gemm_flops=rate,
-        measuring_s=SLOWDOWN * measuring / rate if _is_to_measure(plan) else 0.0,
-        quantizing_s=len(outputs) * SLOWDOWN * quantizing / rate,
+        stages_s={stage: SLOWDOWN * flop / rate for stage, flop in stages.items()},
         memory_bytes=_memory(plan),
         disk_bytes=disk_bytes(plan, outputs),
         output_bytes=sum(output.estimated_bytes() for output in outputs),
@@ -79,6 +87,10 @@ def gemm_rate(device: torch.device) -> float:
 
 def _is_to_measure(plan: Plan) -> bool:
     return plan.config.measures and plan.config.measurement is None
+
+
+def _wants_gradients(plan: Plan) -> bool:
+    return plan.config.objective == "kl" and (_is_to_measure(plan) or plan.config.couples_rows)
 
 
 def _memory(plan: Plan) -> int:

@@ -9,13 +9,14 @@ import torch
 
 from exlq import __version__
 from exlq.errors import ConfigError, FormatError, ModelError, TargetError
-from exlq.formats import CODECS
 from exlq.formats.codec import Codec
+from exlq.formats.codecs import CODECS
 from exlq.formats.exl2_config import exl2_config, require_known
 from exlq.formats.exl2_directory import Exl2Weights, Exl2Writer
 from exlq.measurement import Measurement
-from exlq.models import Model, open_model
 from exlq.models.config import read_json
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.pipeline import directory as places
 from exlq.pipeline import verify
 from exlq.pipeline.allocate import Choice, measured_loss, records, solved

@@ -11,7 +11,7 @@ from typing import Any
 from gguf import GGML_QUANT_VERSION, GGUFValueType
 
 from exlq import __version__
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import FormatError, ModelError
 from exlq.formats.gguf import metadata, template, tensors
 from exlq.formats.gguf.reader import GgufFile
@@ -20,11 +20,12 @@ from exlq.formats.gguf.template import OWN_KEYS
 from exlq.formats.gguf.tensors import Entry
 from exlq.formats.gguf.tokenizer import tokenizer_metadata
 from exlq.formats.gguf.values import KeyValue
-from exlq.models import Model, open_model
 from exlq.models.config import read_json
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.pipeline.allocate import Choice
 from exlq.pipeline.plan import Plan
-from exlq.pipeline.prediction import predicted
+from exlq.recipes.prediction import predicted
 from exlq.types import GgufFamily, Weights
 
 WITHOUT_WINDOW = ("llama", "qwen2", "qwen3", "phi3")  # architectures whose sliding window llama.cpp ignores
@@ -123,7 +124,7 @@ def _provenance(plan: Plan, choice: Choice) -> list[KeyValue]:
         "exlq.bits_per_weight": choice.bpw,
         "exlq.settings.sha256": _settings_sha256(plan),
     }
-    if (prediction := predicted(choice.loss, config)) is not None:
+    if (prediction := predicted(choice.loss, config.corrects)) is not None:
         found["exlq.predicted_kl"] = prediction.kl
     if config.weighted:
         found |= {

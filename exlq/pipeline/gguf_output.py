@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from exlq.errors import FormatError, TargetError
-from exlq.formats import CODECS
 from exlq.formats.codec import Codec
+from exlq.formats.codecs import CODECS
 from exlq.formats.gguf.naming import file_name
 from exlq.formats.gguf.overrides import parse_overrides, type_file
 from exlq.formats.gguf.reader import GgufFile
@@ -26,7 +26,8 @@ from exlq.formats.gguf.writer import GgufWriter, file_bytes
 from exlq.formats.gguf_blocks import FLOAT_TYPES
 from exlq.formats.gguf_codec import plainly_rounded
 from exlq.measurement import Measurement
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.pipeline import directory as places
 from exlq.pipeline import verify
 from exlq.pipeline.allocate import Choice
@@ -147,6 +148,11 @@ class GgufOutput:
             "types": types,
             "tensor_bytes": sizes,
         }
+
+    def overhead_bytes(self) -> int:
+        """Bytes of a file beside its matrices, but for what the text of the target takes."""
+        options = smallest(self._matrices)
+        return self._most_bytes(options) - self._matrices.bits(options) // 8
 
     def _types(self, options: Mapping[str, Option]) -> dict[str, str]:
         keys = self._matrices.keys

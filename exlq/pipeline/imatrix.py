@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from exlq.calibration import TokenRows, cut_rows, load_tokenizer, read_stream, row_length
-from exlq.calibration.rows import Mode
-from exlq.checkpoint import open_checkpoint, tokenizer_hash
+from exlq.checkpoint.hashes import tokenizer_hash
+from exlq.checkpoint.open import open_checkpoint
 from exlq.default_calibration import default_calibration
 from exlq.errors import ConfigError, ModelError
 from exlq.evaluate.run import usable_device
 from exlq.formats.gguf import metadata, tensors
 from exlq.formats.gguf.imatrix import Entry, Imatrix, save
 from exlq.formats.gguf.tensors import Entry as FileEntry
-from exlq.models import Model, open_model
 from exlq.models.config import read_json
+from exlq.models.model import Model
+from exlq.models.open import open_model
+from exlq.names import Mode
 from exlq.pipeline import passes
 from exlq.pipeline.config import LEAST, QUANTIZE_TOKENS
 from exlq.pipeline.progress import Progress

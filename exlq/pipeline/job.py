@@ -30,12 +30,14 @@ from exlq.pipeline.estimate import require_disk
 from exlq.pipeline.measured import MEASUREMENT, PARTIAL, SENSITIVITY, measurement_path
 from exlq.pipeline.output import Output
 from exlq.pipeline.outputs import make_outputs
+from exlq.pipeline.overhead import overhead_bytes
 from exlq.pipeline.plan import Plan, make_plan
-from exlq.pipeline.prediction import predicted
 from exlq.pipeline.progress import Progress
+from exlq.recipes.prediction import predicted
 from exlq.workspace import Workspace
 
 SUMMARY = "summary.json"
+OVERHEAD = "overhead_bytes"  # of the measurement: by format, what its matrices do not take
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -132,6 +134,7 @@ def _run(job: Job) -> dict[str, Any] | None:
     if record is None and job.config.measures:
         with job.timed("measuring"):
             record = measured.measured(job.plan, job.work, machine(), job.progress)
+            record = replace(record, extra={**record.extra, OVERHEAD: overhead_bytes(job.plan)})
     if record is not None:
         measurement.save(record, job.config.out_dir / MEASUREMENT)
     if job.config.output_measurement is not None:
@@ -155,9 +158,9 @@ def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[st
     with job.timed("quantizing"):
         output.write(choice, finished, job.work, job.progress)
     with job.timed("verifying"):
-        job.progress("verifying", 0, 1)
+        job.progress(f"verifying {output.name}", 0, 1)
         divergence = verify.verify_model(job.plan, output.opened(finished), Workspace(job.work))
-        job.progress("verifying", 1, 1)
+        job.progress(f"verifying {output.name}", 1, 1)
     foretold = _foretold(job.config, choice)
     if output.trusted(choice):
         verify.judge(foretold["predicted_kl"], divergence.kl_mean)
@@ -172,7 +175,7 @@ def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[st
 
 def _foretold(config: ConvertConfig, choice: Choice) -> dict[str, float | None]:
     """The expected KL divergence and its standard error, None where nothing was measured."""
-    found = predicted(choice.loss, config)
+    found = predicted(choice.loss, config.corrects)
     if found is None:
         return {"predicted_kl": None, "predicted_se": None}
     return {"predicted_kl": found.kl, "predicted_se": found.se}

@@ -12,7 +12,8 @@ from torch import Tensor
 from exlq import memory
 from exlq.formats.codec import Codec
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
-from exlq.models import Linear, Model
+from exlq.models.layout import Linear
+from exlq.models.model import Model
 from exlq.numerics import hessian
 from exlq.pipeline import passes, trial
 from exlq.pipeline.embedding import embedding_cost

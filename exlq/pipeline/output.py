@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from exlq.formats.codec import Codec
 from exlq.measurement import Measurement
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline.allocate import Choice
 from exlq.pipeline.progress import Progress
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from exlq.errors import HessianError
-from exlq.models import Linear, Model
+from exlq.models.layout import Linear
+from exlq.models.model import Model
 from exlq.numerics.hessian import HessianSum
 from exlq.workspace import Workspace
 

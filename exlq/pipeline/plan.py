@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from exlq.calibration import TokenRows, cut_rows, load_tokenizer, random_rows, read_stream, row_length
-from exlq.checkpoint import file_hashes, open_checkpoint, tokenizer_hash
+from exlq.checkpoint.hashes import file_hashes, tokenizer_hash
+from exlq.checkpoint.open import open_checkpoint
 from exlq.default_calibration import default_calibration
 from exlq.errors import FormatError, ModelError
 from exlq.evaluate.run import usable_device
-from exlq.formats import CODECS
 from exlq.formats.codec import Codec, Role
-from exlq.models import Model, open_model
+from exlq.formats.codecs import CODECS
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.pipeline.config import MEASURE_TOKENS, QUANTIZE_TOKENS, ConvertConfig
 from exlq.types import LinearSpec, Option
 

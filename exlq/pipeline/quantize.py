@@ -11,8 +11,8 @@ from torch import Tensor
 from exlq import memory
 from exlq.errors import HessianError
 from exlq.formats.codec import Codec
-from exlq.models import Model
 from exlq.models.block import Block
+from exlq.models.model import Model
 from exlq.models.staged import StagedPass
 from exlq.numerics import hessian
 from exlq.numerics.drift import DriftSum
@@ -68,14 +68,15 @@ def quantized_linears(
     """
     model = rounding.plan.model
     streams = Streams.begun(rounding, workspace, embedding)
+    stage, steps = f"quantizing {rounding.codec.name}", model.n_blocks + 1
     for index in range(model.n_blocks):
         with model.block(index) as block:
             yield from _block(rounding, block, index, streams, workspace)
-        progress("quantizing", index + 1, model.n_blocks + 1)
+        progress(stage, index + 1, steps)
     if model.head.key in rounding.options:
         yield _head(rounding, streams)
     streams.remove(workspace)
-    progress("quantizing", model.n_blocks + 1, model.n_blocks + 1)
+    progress(stage, steps, steps)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.numerics.coupling import Coupling, CouplingSum
 from exlq.numerics.hessian import HessianSum
 from exlq.numerics.precision import widest

@@ -10,7 +10,8 @@ from string import ascii_lowercase
 from rich.table import Table
 
 from exlq.evaluate.divergence import Divergence
-from exlq.evaluate.run import LLAMA_CPP, TORCH, Evaluation, Settings
+from exlq.evaluate.run import Evaluation, Settings
+from exlq.names import LLAMA_CPP, TORCH
 from exlq.report.tables import table
 
 COLUMNS = ("bytes", "=", "perplexity", "KL divergence, mean", "median", "99 %", "same best token")
@@ -58,7 +59,7 @@ def protocol(found: Divergence, settings: Settings) -> str:
     return (
         f"{found.n_chunks} chunks of {found.context} tokens, each alone and opened by BOS where the "
         f"tokenizer adds one, second half scored ({found.n_tokens:,} tokens), as llama-perplexity; "
-        f"{RUNTIMES[settings.runtime, settings.weights_only]}"
+        f"{RUNTIME_WORDS[settings.runtime, settings.weights_only]}"
     )
 
 
@@ -89,7 +90,7 @@ def _best(found: Divergence) -> str:
     return f"{100 * found.top1_agreement:.3f} %"
 
 
-RUNTIMES: dict[tuple[str, bool], str] = {
+RUNTIME_WORDS: dict[tuple[str, bool], str] = {
     (TORCH, False): "all in float32 by torch",
     (LLAMA_CPP, False): (
         "GGUF files by llama.cpp's CPU kernels, which round activations too where weights are quantized, "

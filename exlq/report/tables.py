@@ -11,6 +11,7 @@ from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.estimate import Estimate
 from exlq.pipeline.output import Output
 from exlq.pipeline.plan import Plan
+from exlq.report.eta import duration
 from exlq.sizes import format_bytes
 
 
@@ -39,7 +40,7 @@ def plan_table(plan: Plan, outputs: Sequence[Output], notes: Sequence[str], esti
         ("measured on", _rows(measured.ids.shape, int(measured.heldout.sum()))),
         ("quantized on", _rows(rows.ids.shape, int(rows.heldout.sum()))),
         ("arithmetic", f"{estimate.gemm_flops / 1e9:,.0f} GFLOP/s in matrix products on {plan.model.device}"),
-        ("time, about", f"{_duration(estimate.total_s)} ({_duration(estimate.measuring_s)} measuring)"),
+        ("time, about", f"{duration(estimate.total_s)} ({duration(estimate.measuring_s)} measuring)"),
         ("memory, about", format_bytes(estimate.memory_bytes)),
         (
             "disk, about",
@@ -73,7 +74,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         ),
         ("base", f"{format_bytes(summary['base_bytes'])}, perplexity {evaluated['perplexity_base']:.4f}"),
         ("peak memory", format_bytes(summary["peak_anonymous_bytes"])),
-        ("time", ", ".join(f"{name} {_duration(s)}" for name, s in summary["seconds"].items())),
+        ("time", ", ".join(f"{name} {duration(s)}" for name, s in summary["seconds"].items())),
     ]
     if summary["measurement"]:
         lines.append(("measurement", summary["measurement"]))
@@ -117,11 +118,3 @@ def types_table(rows: Iterable[tuple[str, str, int]], total: int) -> Table:
 
 def _rows(shape: tuple[int, ...], heldout: int) -> str:
     return f"{shape[0]} rows of {shape[1]} tokens, {heldout} of them held out"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from exlq import calibration
-from exlq.calibration import Mode, TokenRows, TokenStream, read_stream
+from exlq.calibration import TokenRows, TokenStream, read_stream
 from exlq.errors import CalibrationError, ConfigError
+from exlq.names import Mode
 from tests.calibration.helpers import BOS, ROWS, Oracle, Write, joined
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from exlq.cli import main
-from exlq.cli.shared import console
 from tests.evaluate.conftest import BundledAs
 
 
@@ -23,7 +22,7 @@ def test_several_files_make_one_table_and_one_list(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(console, "_width", 900)
+    monkeypatch.setenv("COLUMNS", "900")
     files = [str(bundled_as(kind)) for kind in ("Q4_0", "Q8_0", "Q4_K")]
     assert main(["eval", *files, *arguments, "--runtime", "llama.cpp"]) == 0
     shown = capsys.readouterr().out

@@ -13,7 +13,8 @@ import pytest
 
 from exlq.errors import CalibrationError, ConfigError, ModelError
 from exlq.evaluate.llamacpp import quantize_chunk
-from exlq.evaluate.run import LLAMA_CPP, Settings, evaluate_all, weight_bytes
+from exlq.evaluate.run import Settings, evaluate_all, weight_bytes
+from exlq.names import LLAMA_CPP
 from tests.evaluate.conftest import BundledAs
 from tests.evaluate.helpers import by_packer, write_llama
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from exlq.errors import ModelError
 from exlq.evaluate.gguf_model import open_gguf, with_weights
 from exlq.formats.gguf.tensors import Entry, file_tensors, shifted, to_file
-from exlq.models import Model
 from exlq.models.config import read_json
+from exlq.models.model import Model
 from tests.conftest import TinyMaker
 from tests.models.conftest import opened, streamed_logits, whole_logits
 

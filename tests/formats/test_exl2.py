@@ -17,6 +17,7 @@ from torch import Tensor
 
 from exlq.errors import FormatError
 from exlq.formats import exl2
+from exlq.formats.exl2_options import WIDTHS
 from exlq.numerics import bitpack
 from exlq.types import Group
 
@@ -90,7 +91,7 @@ def random_linear(layout: Layout, out_features: int, largest: float, seed: int) 
 @st.composite
 def layouts(draw: Any) -> Layout:
     """Groups of falling widths and mixed sizes; 2-bit ones may have 16 rows more, as old files have."""
-    bits = sorted(draw(st.lists(st.sampled_from(exl2.WIDTHS), min_size=1, max_size=6)), reverse=True)
+    bits = sorted(draw(st.lists(st.sampled_from(WIDTHS), min_size=1, max_size=6)), reverse=True)
     rows = [32 * draw(st.integers(1, 4)) for _ in bits]
     return [(b, n + 16 * (b == 2 and draw(st.booleans()))) for b, n in zip(bits, rows, strict=True)]
 
@@ -122,7 +123,7 @@ def test_the_reference_vectors_are_packed_again_to_the_same_words(shared: Path, 
         assert torch.equal(packed[suffix], tensors[suffix]), suffix
 
 
-@pytest.mark.parametrize("bits", exl2.WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_levels_pack_to_the_words_of_the_reference_kernels(shared: Path, bits: int) -> None:
     tensors = vector(shared, "20_pack_kernels")
     levels, words = tensors[f"levels_b{bits}"], tensors[f"packed_b{bits}"]

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import FormatError
 from exlq.formats import exl2
 from exlq.formats.exl2_codec import Exl2Codec
-from exlq.formats.exl2_options import HEAD_BITS, HEAD_OPTIONS, OPTIONS, groups_of
-from exlq.models import open_model
+from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS, WIDTHS, groups_of
+from exlq.models.open import open_model
+from exlq.names import HEAD_BITS
 from exlq.numerics import hessian
 from exlq.pipeline import trial
 from exlq.types import Option
@@ -47,7 +48,7 @@ def walked(qparams: dict[str, Any], in_features: int) -> list[tuple[int, int]]:
 
 @st.composite
 def mixes(draw: Any) -> dict[str, Any]:
-    bits = sorted(draw(st.sets(st.sampled_from(exl2.WIDTHS), min_size=1, max_size=4)), reverse=True)
+    bits = sorted(draw(st.sets(st.sampled_from(WIDTHS), min_size=1, max_size=4)), reverse=True)
     cuts = sorted(draw(st.lists(st.integers(0, 20), min_size=len(bits) - 1, max_size=len(bits) - 1)))
     shares = [(b - a) / 20 for a, b in zip([0, *cuts], [*cuts, 20], strict=True)]
     sizes = st.sampled_from([32, 64, 96, 128])
@@ -142,7 +143,7 @@ def test_options_reach_from_about_two_to_eight_bits() -> None:
 
 
 def test_a_head_has_about_the_bits_asked_for() -> None:
-    assert HEAD_BITS == (2, 3, 4, 5, 6, 8)
+    assert tuple(HEAD_OPTIONS) == HEAD_BITS
     for asked, option in HEAD_OPTIONS.items():
         bpw = exl2.storage_bits(groups_of(option.qparams, 4096), 32000) / (4096 * 32000)
         assert asked <= bpw < asked + 0.75

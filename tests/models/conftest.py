@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exlq.checkpoint import open_checkpoint
-from exlq.models import FAMILIES, Model, open_model
+from exlq.checkpoint.open import open_checkpoint
+from exlq.models.families import FAMILIES
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from tests.helpers import edit_config
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from exlq.models import Model
+from exlq.models.model import Model
 from tests.models.conftest import CASES, TinyMaker, opened, streamed_states, whole_model
 
 

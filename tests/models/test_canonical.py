@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exlq.errors import ModelError
-from exlq.models import Linear, Model
+from exlq.models.layout import Linear
+from exlq.models.model import Model
 from tests.helpers import edit_config, make_model
 from tests.models.conftest import TinyMaker, opened, streamed_logits
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from exlq.errors import ModelError
-from exlq.models import FAMILIES, family_of
+from exlq.models.config import family_of
+from exlq.models.families import FAMILIES
 from tests.helpers import edit_config, make_model
 from tests.models.conftest import opened
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exlq.checkpoint import open_checkpoint
-from exlq.models import FAMILIES, open_model
+from exlq.checkpoint.open import open_checkpoint
+from exlq.models.families import FAMILIES
+from exlq.models.open import open_model
 from tests.helpers import edit_config, make_model
 from tests.models.conftest import CASES, CPU, TinyMaker, opened, streamed_logits, whole_logits
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import ModelError
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.models.permutation import channel_order
 from tests.helpers import make_model
 from tests.models.conftest import CASES, TinyMaker, opened, streamed_logits, whole_logits

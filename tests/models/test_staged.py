@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from exlq.models import Block, Model
+from exlq.models.block import Block
+from exlq.models.model import Model
 from tests.models.conftest import CASES, TinyMaker, opened
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from exlq import measurement
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan, make_plan

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from exlq.errors import ConfigError
-from exlq.formats.exl2_options import HEAD_BITS
+from exlq.names import HEAD_BITS
 from exlq.pipeline.config import ConvertConfig
 
 

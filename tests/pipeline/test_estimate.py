@@ -32,8 +32,10 @@ def test_its_estimate_grows_with_the_work(llama: Path, ids_file: Path, tmp_path:
     ]
     little, much = (estimate(plan, make_outputs(plan)[0]) for plan in plans)
     assert 0 < little.measuring_s * little.gemm_flops < much.measuring_s * much.gemm_flops
-    assert 0 < little.quantizing_s * little.gemm_flops < much.quantizing_s * much.gemm_flops
-    assert little.total_s == little.measuring_s + little.quantizing_s
+    assert list(little.stages_s) == ["gradients", "measuring", "quantizing exl2", "verifying exl2"]
+    for stage in little.stages_s:
+        assert 0 < little.stages_s[stage] * little.gemm_flops < much.stages_s[stage] * much.gemm_flops
+    assert little.total_s == sum(little.stages_s.values())
     assert 0 < little.output_bytes == much.output_bytes < little.disk_bytes <= much.disk_bytes
     assert little.memory_bytes > 0
 

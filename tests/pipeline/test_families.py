@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import ModelError
 from exlq.formats.exl2_directory import Exl2Weights
-from exlq.models import FAMILIES, open_model
+from exlq.models.families import FAMILIES
+from exlq.models.open import open_model
 from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.plan import make_plan
 from tests.models.conftest import streamed_logits, whole_logits, whole_model

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from exlq.errors import MeasurementError, TargetError
 from exlq.formats.gguf.overrides import type_file
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline import job, measured
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.outputs import make_outputs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from exlq.evaluate import llamacpp
-from exlq.models import FAMILIES
+from exlq.models.families import FAMILIES
 from exlq.pipeline.gguf_output import GgufOutput
 from exlq.pipeline.plan import make_plan
 from tests.models.conftest import streamed_logits, whole_logits

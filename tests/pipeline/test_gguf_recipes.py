@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from exlq.evaluate import llamacpp
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import Shape, recipe_named, recipe_types
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline import verify
 from exlq.pipeline.config import ConvertConfig
 from tests.models.conftest import whole_logits

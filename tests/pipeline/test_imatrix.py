@@ -13,7 +13,7 @@ from torch import Tensor
 from exlq.cli import main
 from exlq.errors import CalibrationError, ConfigError, InputError, ModelError
 from exlq.formats.gguf.imatrix import Imatrix, load
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline import imatrix
 from exlq.pipeline.imatrix import ImatrixConfig, collect, importance_matrix
 from exlq.pipeline.plan import make_plan

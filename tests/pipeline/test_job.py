@@ -15,14 +15,15 @@ from exlq import measurement
 from exlq.errors import VerifyError
 from exlq.evaluate.divergence import Divergence
 from exlq.formats.exl2_directory import Exl2Weights, Exl2Writer
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.pipeline import job, verify
 from exlq.pipeline.config import ConvertConfig
 from tests.models.conftest import streamed_logits, whole_logits
 from tests.pipeline.conftest import Finished
 from tests.pipeline.helpers import Events, block_is_read, contents, convert
 
-ALL_STAGES = {"gradients", "measuring", "quantizing", "verifying"}
+ALL_STAGES = {"gradients", "measuring", "quantizing exl2", "verifying exl2"}
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_an_interruption_while_quantizing_leaves_the_old_model(
     convert(replace(again, bits=4.0))
     old = contents(again.out_dir / "exl2")
     with pytest.raises(KeyboardInterrupt):
-        convert(again, Events(("quantizing", 1)))
+        convert(again, Events(("quantizing exl2", 1)))
     assert contents(again.out_dir / "exl2") == old
     convert(again)
     assert contents(again.out_dir / "exl2") == contents(finished.model)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from exlq import measurement
 from exlq.errors import InputError, MeasurementError
-from exlq.formats import CODECS
+from exlq.formats.codecs import CODECS
 from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS
 from exlq.measurement import LinearRecord
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.numerics import hessian
 from exlq.pipeline import measure, sensitivity
 from exlq.pipeline.config import ConvertConfig
@@ -217,7 +217,7 @@ def test_a_measurement_used_again_gives_the_identical_model_without_measuring(
     given = finished.measurement.parent if as_directory else finished.measurement
     events = Events()
     convert(replace(finished.config, out_dir=tmp_path / "out", measurement=given), events)
-    assert events.stages == {"gradients", "quantizing", "verifying"}
+    assert events.stages == {"gradients", "quantizing exl2", "verifying exl2"}
     assert contents(tmp_path / "out" / "exl2") == contents(finished.model)
     kept = measurement.load(tmp_path / "out" / "measurement.json")
     assert kept.linears == measurement.load(finished.measurement).linears

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from exlq.errors import ConfigError, TargetError
-from exlq.formats import CODECS
-from exlq.models import Model
+from exlq.formats.codecs import CODECS
+from exlq.models.model import Model
 from exlq.pipeline.outputs import OUTPUTS, make_outputs
 from exlq.pipeline.plan import Plan, make_plan
 from tests.pipeline.conftest import TinyMaker

@@ -13,7 +13,7 @@ import torch
 from exlq.errors import ModelError, TargetError
 from exlq.formats.exl2_codec import Exl2Codec
 from exlq.formats.exl2_options import OPTIONS
-from exlq.models import Model
+from exlq.models.model import Model
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.plan import Plan, make_plan

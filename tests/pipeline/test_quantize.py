@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from exlq.errors import HessianError
 from exlq.formats.exl2_codec import Exl2Codec
-from exlq.models import Block
+from exlq.models.block import Block
 from exlq.numerics import hessian
 from exlq.numerics.hessian import HessianSum
 from exlq.pipeline import passes

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from exlq.cli import main
-from exlq.models import Model
+from exlq.models.model import Model
 from tests.helpers import edit_config, make_model
 from tests.pipeline.helpers import Place, block_is_read, contents, write_texts
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from exlq.errors import VerifyError
 from exlq.formats.exl2_directory import Exl2Weights
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.pipeline.plan import make_plan
 from exlq.pipeline.verify import digest, judge, verify_exl2, verify_model
 from exlq.workspace import Workspace

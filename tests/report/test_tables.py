@@ -108,7 +108,7 @@ def test_the_plan_shows_rows_target_and_what_it_takes(tmp_path: Path, target: st
     changes: dict[str, Any] = {"rows": 300, "formats": None, "measure": None, **TARGETS[target]}
     plan = make_plan(settings(model, tmp_path / "out", text, **changes))
     outputs, notes = ((), ()) if "m.json" in str(plan.config.output_measurement) else make_outputs(plan)
-    work = Estimate(80e9, 60.0, 200.0, 3 << 30, 5 << 20, 900 << 10)
+    work = Estimate(80e9, {"measuring": 60.0, "quantizing gguf": 200.0}, 3 << 30, 5 << 20, 900 << 10)
     found = lines(plan_table(plan, outputs, notes, work))
     assert found["model"] == f"{model} (Phi3ForCausalLM, 2 blocks)"
     assert found["target"] == target

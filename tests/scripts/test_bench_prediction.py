@@ -10,8 +10,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exlq.checkpoint import open_checkpoint
-from exlq.models import open_model
+from exlq.checkpoint.open import open_checkpoint
+from exlq.models.open import open_model
 from scripts.bench_prediction import Base, Change, report, spearman
 
 

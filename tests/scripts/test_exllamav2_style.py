@@ -14,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.formats import exl2
 from exlq.formats.exl2_directory import Exl2Weights
 from exlq.formats.exl2_options import groups_of
-from exlq.models import open_model
+from exlq.models.open import open_model
 from exlq.numerics.hessian import energies
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.types import Option

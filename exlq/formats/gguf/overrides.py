@@ -22,7 +22,7 @@ from exlq.formats.gguf.recipes import (
     is_quantized_name,
     is_tied,
 )
-from exlq.formats.gguf_blocks import TYPES
+from exlq.formats.gguf.types import BLOCKS
 
 TABLE_PER_LAYER = EMBEDDINGS[1]  # the one embedding a pattern takes from --token-embedding-type
 FLAGS = {"embedding": "--token-embedding-type", "output": "--output-tensor-type"}
@@ -109,7 +109,7 @@ def pinned_types(
         types[tensor.name] = fallback(type, tensor.shape[-1])
         if flag is not None and types[tensor.name] != type:
             raise ConfigError(
-                f"{FLAGS[flag]} {type} stores whole blocks of {TYPES[type].block_size} weights, "
+                f"{FLAGS[flag]} {type} stores whole blocks of {BLOCKS[type].block_size} weights, "
                 f"{tensor.name} has rows of {tensor.shape[-1]}; choose {types[tensor.name]}"
             )
     return types
@@ -156,8 +156,8 @@ def _parse_item(item: str) -> tuple[re.Pattern[str], str]:
 
 
 def _parse_type(text: str, flag: str) -> str:
-    if text.upper() not in TYPES:
-        raise ConfigError(f"{flag}: {text!r} is no tensor type; want one of {', '.join(TYPES)}")
+    if text.upper() not in BLOCKS:
+        raise ConfigError(f"{flag}: {text!r} is no tensor type; want one of {', '.join(BLOCKS)}")
     return text.upper()
 
 

@@ -24,7 +24,7 @@ from exlq.formats.gguf.recipe_rules import (
     type_at,
 )
 from exlq.formats.gguf.recipe_rules import Shape as Shape
-from exlq.formats.gguf_blocks import FLOAT_TYPES, TYPES
+from exlq.formats.gguf.types import BLOCKS, FLOATS
 
 OUTPUT = "output.weight"
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -45,12 +45,12 @@ class Recipe:
 
     name: str
     file_type: int  # of gguf.LlamaFileType
-    base: str  # of gguf_blocks.TYPES
+    base: str  # of types.BLOCKS
 
     @property
     def is_float(self) -> bool:
         """Whether all tensors that may be quantized get the base, whatever their place."""
-        return self.base in FLOAT_TYPES
+        return self.base in FLOATS
 
 
 def recipe_named(text: str) -> Recipe:
@@ -120,10 +120,10 @@ def is_quantized_name(name: str) -> bool:
 
 def fallback(type: str, in_features: int) -> str:
     """`type`, or the one llama-quantize takes instead where rows are no whole blocks of it."""
-    if in_features % TYPES[type].block_size == 0:
+    if in_features % BLOCKS[type].block_size == 0:
         return type
     instead = FALLBACKS.get(type, type)
-    return instead if in_features % TYPES[instead].block_size == 0 else "F16"
+    return instead if in_features % BLOCKS[instead].block_size == 0 else "F16"
 
 
 def row_bytes(type: str, in_features: int) -> int:
@@ -132,7 +132,7 @@ def row_bytes(type: str, in_features: int) -> int:
     Raises:
         FormatError: if it is no whole number of blocks.
     """
-    stored = TYPES[type]
+    stored = BLOCKS[type]
     if in_features % stored.block_size:
         raise FormatError(
             f"{type} stores whole blocks of {stored.block_size} weights, found rows of {in_features}; "
@@ -162,7 +162,7 @@ def _head_types(recipe: Recipe, tensors: Sequence[Named], model: Shape, tied: bo
 
 
 def _head_type(recipe: Recipe, tensor: Named, model: Shape) -> str:
-    whole = tensor.shape[-1] % TYPES[recipe.base].block_size == 0
+    whole = tensor.shape[-1] % BLOCKS[recipe.base].block_size == 0
     return "Q6_K" if whole and recipe.base != "Q8_0" and model.architecture != FALCON else "Q8_0"
 
 

@@ -11,12 +11,13 @@ import torch
 from gguf import GGUFValueType
 from torch import Tensor
 
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.formats.gguf.metadata import general, hyper_parameters
 from exlq.formats.gguf.tensors import Entry, file_tensors, shifted, to_file
 from exlq.formats.gguf.values import KeyValue, TensorInfo
 from exlq.formats.gguf.writer import GgufWriter
-from exlq.models import Model, open_model
+from exlq.models.model import Model
+from exlq.models.open import open_model
 from exlq.types import GgufFamily
 
 # Where a test is not about the tokenizer: ids alone, {architecture}.vocab_size of them.

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from exlq.errors import ModelError
 from exlq.formats.gguf.metadata import completed, general, head_dim, hyper_parameters
 from exlq.formats.gguf.values import KeyValue
-from exlq.models import FAMILIES
+from exlq.models.families import FAMILIES
 from exlq.types import GgufFamily
 from tests.conftest import TinyMaker
 from tests.formats.gguf.exported import family_of, opened, raw_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from exlq.evaluate.llamacpp import Runtime, available
-from exlq.models import FAMILIES
+from exlq.models.families import FAMILIES
 from tests.formats.gguf.exported import raw_config, write_f32
 from tests.helpers import make_model
 from tests.models.conftest import whole_logits

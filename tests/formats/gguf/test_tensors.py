@@ -22,7 +22,7 @@ from exlq.formats.gguf.tensors import (
     to_file,
     unshifted,
 )
-from exlq.models import FAMILIES
+from exlq.models.families import FAMILIES
 from exlq.types import GgufFamily
 from tests.conftest import TinyMaker
 from tests.formats.gguf.exported import entries_of, family_of, opened, raw_config, ties_of

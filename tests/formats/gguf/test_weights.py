@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from exlq.checkpoint import open_checkpoint
+from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import FormatError, ModelError
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.tensors import Entry
 from exlq.formats.gguf.values import TensorInfo
 from exlq.formats.gguf.weights import GgufWeights
 from exlq.formats.gguf.writer import GgufWriter
-from exlq.models import FAMILIES, open_model
+from exlq.models.families import FAMILIES
+from exlq.models.open import open_model
 from tests.conftest import TinyMaker
 from tests.formats.gguf.exported import entries_of, opened, raw_config, write_f32
 from tests.formats.gguf.test_writer import ARCHITECTURE

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from exlq.pipeline.config import ConvertConfig
-
 # Of the sum of losses, what is measured where nothing is made up for, and where later linears make up for
 # what earlier ones have changed: the first at vanishing errors, the second per root of the sum, for errors
 # inside a block add to one another. From conversions of the bundled model: docs/fidelity.md.
@@ -25,11 +23,14 @@ class Prediction:
     se: float
 
 
-def predicted(loss: float | None, config: ConvertConfig) -> Prediction | None:
-    """What a sum of losses lets expect; None where nothing was measured."""
+def predicted(loss: float | None, corrects: bool) -> Prediction | None:
+    """What a sum of losses lets expect; None where nothing was measured.
+
+    Args:
+        corrects: whether later linears make up for what earlier ones have changed.
+    """
     if loss is None:
         return None
-    corrects = config.gptq and config.methods.input_correction
     share, rise = CORRECTED if corrects else UNCORRECTED
     kl = loss * (share + rise * math.sqrt(loss))
     return Prediction(kl, kl * math.hypot(MODEL_ERROR, ROW_ERROR / math.sqrt(FISHER_ROWS)))
