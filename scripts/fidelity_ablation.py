@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from torch import Tensor
 
 from exlq.errors import ConfigError
+from exlq.formats import gguf_codec
+from exlq.formats.gguf_blocks.block import BlockType, Fields
+from exlq.formats.gguf_blocks.fit import fit
+from exlq.numerics import hessian
+from exlq.numerics.hessian import Factor
 from exlq.pipeline.config import ConvertConfig
 from scripts.fidelity_bench import Bench
 from scripts.fidelity_opponents import Stock
@@ -21,21 +29,56 @@ class Target(NamedTuple):
     bits: float | None = None
 
 
-def variants(config: ConvertConfig, wanted: str) -> dict[str, ConvertConfig]:
+class Variant(NamedTuple):
+    """A configuration, and what of the program is another while it is converted."""
+
+    config: ConvertConfig
+    patched: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def variants(config: ConvertConfig, wanted: str) -> dict[str, Variant]:
     """The configuration as it is, and with one method the other way: all of them, or those in the list."""
-    values = {**asdict(config.methods), "gptq": config.gptq}
-    names = list(values) if wanted == "all" else wanted.split(",")
-    if unknown := [name for name in names if name not in values]:
-        raise ConfigError(f"--ablate {','.join(unknown)}: the methods are {', '.join(values)}")
-    changed = {f"{'without' if values[name] else 'with'} {name}": _other(config, name) for name in names}
-    return {"everything": config} | changed
+    others = _others(config)
+    names = list(others) if wanted == "all" else wanted.split(",")
+    if unknown := [name for name in names if name not in others]:
+        raise ConfigError(f"--ablate {','.join(unknown)}: the methods are {', '.join(others)}")
+    return {"everything": Variant(config)} | {others[name][0]: others[name][1] for name in names}
 
 
-def _other(config: ConvertConfig, name: str) -> ConvertConfig:
-    if name == "gptq":
-        return replace(config, gptq=not config.gptq)
-    methods = replace(config.methods, **{name: not asdict(config.methods)[name]})
-    return replace(config, methods=methods)
+def _others(config: ConvertConfig) -> dict[str, tuple[str, Variant]]:
+    """By the name of a method, its line in the table and the variant of it."""
+    found = {}
+    for name, value in asdict(config.methods).items():
+        methods = replace(config.methods, **{name: not value})
+        line = f"{'without' if value else 'with'} {name}"
+        found[name] = (line, Variant(replace(config, methods=methods)))
+    return found | {
+        "gptq": ("plain rounding, weighted", Variant(replace(config, gptq=False))),
+        "random_rows": ("without random_rows", Variant(replace(config, random_share=0.0))),
+        "objective": ("objective: output errors", Variant(replace(config, objective="output-error"))),
+        "permute_mlp": ("with permute_mlp", Variant(replace(config, permute_mlp=True))),
+        "act_order": ("without act_order", Variant(config, _unordered)),
+        "scale_search": ("scales fitted to weights alone (GGUF)", Variant(config, _unweighted_scales)),
+    }
+
+
+def _unordered() -> AbstractContextManager[Any]:
+    """Channels are rounded as they stand."""
+    factor = hessian.factor
+
+    def as_they_stand(matrix: Tensor, damping: float = hessian.DAMPING, act_order: bool = True) -> Factor:
+        return factor(matrix, damping, act_order=False)
+
+    return patch.object(hessian, "factor", as_they_stand)
+
+
+def _unweighted_scales() -> AbstractContextManager[Any]:
+    """K-quants' scales are fitted as if all channels counted alike; the sweep still knows H."""
+
+    def unweighted(kind: BlockType, weight: Tensor, importance: Tensor | None, *, search: str) -> Fields:
+        return fit(kind, weight, None, search=search)
+
+    return patch.object(gguf_codec, fit.__name__, unweighted)
 
 
 def targets(bench: Bench, recipes: Sequence[str], bits: Sequence[float]) -> dict[str, Target]:
@@ -54,8 +97,10 @@ def ablation(bench: Bench, wanted: str, aims: Mapping[str, Target]) -> Iterator[
         in_llama_cpp = held.enter_context(bench.in_llama_cpp()) if "gguf" in formats else None
         in_torch = held.enter_context(bench.in_torch()) if "exl2" in formats else None
 
-        def divergence(config: ConvertConfig, aim: Target) -> float:
-            made = bench.ours(replace(config, file_size=aim.file_size, bits=aim.bits), aim.kind)
+        def divergence(variant: Variant, aim: Target) -> float:
+            config = replace(variant.config, file_size=aim.file_size, bits=aim.bits)
+            with variant.patched():
+                made = bench.ours(config, aim.kind)
             if aim.kind == "exl2":
                 assert in_torch is not None
                 return in_torch(made.path)[text][0].kl_mean
@@ -63,8 +108,8 @@ def ablation(bench: Bench, wanted: str, aims: Mapping[str, Target]) -> Iterator[
             return in_llama_cpp(made.path, False)[text][0].kl_mean
 
         everything: list[float] = []
-        for name, config in variants(bench.config, wanted).items():
-            found = [divergence(config, aim) for aim in aims.values()]
+        for name, variant in variants(bench.config, wanted).items():
+            found = [divergence(variant, aim) for aim in aims.values()]
             everything = everything or found
             cells = [f"{kl:.5f} ×{kl / best:.3f}" for kl, best in zip(found, everything, strict=True)]
             yield f"| {name} | {' | '.join(cells)} |"

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from exlq.errors import ConfigError
 from exlq.evaluate.divergence import Divergence
+from exlq.formats import gguf_codec
+from exlq.formats.gguf_blocks import Q4_K
+from exlq.numerics import hessian
 from exlq.pipeline.config import ConvertConfig, Methods
 from scripts import fidelity_tables
 from scripts.fidelity_ablation import variants
@@ -52,11 +56,35 @@ def test_a_line_has_as_many_cells_as_the_heading() -> None:
 def test_every_method_is_left_out_once_and_alone(name: str) -> None:
     config = ConvertConfig(Path("in"), Path("out"), bits=4.0)
     found = variants(config, "all")
-    assert len(found) == len(fields(Methods)) + 2
-    assert not found["without gptq"].gptq
-    changed = [c for c in found.values() if getattr(c.methods, name) != getattr(config.methods, name)]
+    changed = [v for v in found.values() if getattr(v.config.methods, name) != getattr(config.methods, name)]
     assert len(changed) == 1
     assert list(variants(config, name)) == ["everything", next(n for n in found if n.endswith(f" {name}"))]
+
+
+def test_every_other_line_differs_from_everything_in_one_thing() -> None:
+    config = ConvertConfig(Path("in"), Path("out"), bits=4.0)
+    found = variants(config, "all")
+    assert len(found) == len(fields(Methods)) + 7
+    for name, variant in found.items():
+        settings = variant.config.as_json()
+        changed = [key for key, value in config.as_json().items() if settings[key] != value]
+        patched = variant.patched is not found["everything"].patched
+        assert len(changed) + patched == (name != "everything"), name
+
+
+def test_what_is_patched_is_used_and_put_back() -> None:
+    found = variants(ConvertConfig(Path("in"), Path("out"), bits=4.0), "act_order,scale_search")
+    diagonal = torch.tensor([1.0, 3.0, 2.0])
+    with found["without act_order"].patched():
+        assert hessian.factor(diagonal.diag()).perm.tolist() == [0, 1, 2]
+    assert hessian.factor(diagonal.diag()).perm.tolist() == [1, 2, 0]
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    importance = torch.linspace(0.1, 30, 256)
+    weighted = gguf_codec._fitted(Q4_K, weight, importance, "fast").scale
+    with found["scales fitted to weights alone (GGUF)"].patched():
+        unweighted = gguf_codec._fitted(Q4_K, weight, importance, "fast").scale
+    assert torch.equal(unweighted, gguf_codec._fitted(Q4_K, weight, torch.ones(256), "fast").scale)
+    assert not torch.equal(unweighted, weighted)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
