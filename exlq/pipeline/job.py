@@ -25,6 +25,7 @@ from exlq.memory import PeakMemory
 from exlq.numerics.scales import COMPILED
 from exlq.pipeline import directory, measured, verify
 from exlq.pipeline.allocate import Choice
+from exlq.pipeline.card import CARD, model_card
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.estimate import require_disk
 from exlq.pipeline.measured import MEASUREMENT, PARTIAL, SENSITIVITY, measurement_path
@@ -164,13 +165,18 @@ def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[st
     foretold = _foretold(job.config, choice)
     if output.trusted(choice):
         verify.judge(foretold["predicted_kl"], divergence.kl_mean)
-    paths = output.put_in_place(finished, job.work)
+    result = {**foretold, **_result(output, choice, divergence)}
+    file = min((path.name for path in finished.glob("*.gguf")), default=output.name)
+    card = model_card(job.plan, output.name, file, result)
+    (finished / CARD).write_text(card, encoding="utf-8", newline="\n")
+    paths = [path for path in output.put_in_place(finished, job.work) if path.name != CARD]
+    result |= {"paths": [str(path) for path in paths], "bytes": sum(_weight_bytes(path) for path in paths)}
     if record is not None:
         evaluation = {**foretold, "measured": asdict(divergence)}
         evaluations = {**record.extra.get("evaluations", {}), _target_name(job.config, output): evaluation}
         record = replace(record, extra={**record.extra, "evaluations": evaluations})
         measurement.save(record, job.config.out_dir / MEASUREMENT)
-    return {**foretold, **_result(output, choice, divergence, paths)}, record
+    return result, record
 
 
 def _foretold(config: ConvertConfig, choice: Choice) -> dict[str, float | None]:
@@ -181,14 +187,12 @@ def _foretold(config: ConvertConfig, choice: Choice) -> dict[str, float | None]:
     return {"predicted_kl": found.kl, "predicted_se": found.se}
 
 
-def _result(output: Output, choice: Choice, divergence: Divergence, paths: list[Path]) -> dict[str, Any]:
+def _result(output: Output, choice: Choice, divergence: Divergence) -> dict[str, Any]:
     solution = choice.allocation
     return {
         "bpw": choice.bpw,
         "optimality_gap": None if solution is None else solution.gap,
         "evaluation": asdict(divergence),
-        "paths": [str(path) for path in paths],
-        "bytes": sum(_weight_bytes(path) for path in paths),
         "notes": choice.notes,
         **output.figures(choice),
         "allocation": {key: option.desc for key, option in choice.options.items()},

@@ -181,6 +181,7 @@ def test_a_target_of_gguf_alone_makes_no_exl2_and_says_why(
     shown = capsys.readouterr()
     assert "no exl2: --gguf-type is a target of GGUF; EXL2 takes -b BITS" in shown.out
     assert [path.name for path in sorted((place.out / "gguf").iterdir())] == [
+        "README.md",
         "Wide-1.0M-Q8_0.gguf",
         "Wide-1.0M-Q8_0.types.txt",
     ]

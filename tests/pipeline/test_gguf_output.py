@@ -111,6 +111,7 @@ def test_norms_are_float32_and_the_types_are_mixed(stored: Stored) -> None:
 
 def test_its_name_says_the_size_of_the_model_and_the_target(both: Finished) -> None:
     assert [path.name for path in sorted(both.gguf.iterdir())] == [
+        "README.md",
         "Wide-1.0M-4.50bpw.gguf",
         "Wide-1.0M-4.50bpw.types.txt",
     ]

@@ -13,7 +13,7 @@ import torch
 from exlq.errors import ConfigError
 from exlq.evaluate.divergence import Divergence
 from exlq.formats import gguf_codec
-from exlq.formats.gguf_blocks import Q4_K
+from exlq.formats.gguf_blocks.kquants import Q4_K
 from exlq.numerics import hessian
 from exlq.pipeline.config import ConvertConfig, Methods
 from scripts import fidelity_tables
