@@ -5,5 +5,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["exlq", "exlq.*"]), "exlq.data"],
     package_dir={"exlq.data": "calibration"},
-    package_data={"exlq.data": ["default.parquet", "README.md", "licences.txt"]},
+    package_data={
+        "exlq": ["py.typed", "*.pyi"],
+        "exlq.data": ["default.parquet", "README.md", "licences.txt"],
+        "exlq.report": ["assets/*"],
+    },
 )

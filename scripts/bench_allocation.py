@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from exlq.calibration import evaluation_chunks, load_tokenizer
-from exlq.evaluate.divergence import Divergence, against
-from exlq.evaluate.predictor import Blockwise, Predictor
+from exlq.evaluation.divergence import Divergence, against
+from exlq.evaluation.predictor import Blockwise, Predictor
 from exlq.formats.codecs import CODECS
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
 from exlq.pipeline import measured

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from exlq.evaluate.run import evaluate
+from exlq.evaluation.run import evaluate
 from exlq.formats.codecs import CODECS
 from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig

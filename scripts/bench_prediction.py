@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from exlq.calibration import evaluation_chunks, load_tokenizer
-from exlq.evaluate.predictor import TOKENS_AT_ONCE
+from exlq.evaluation.predictor import TOKENS_AT_ONCE
 from exlq.formats.codec import Codec
 from exlq.formats.codecs import CODECS
 from exlq.models.layout import Linear

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from exlq.evaluate.divergence import Divergence, against
-from exlq.evaluate.predictor import Blockwise, InLlamaCpp, Predictor
-from exlq.evaluate.run import open_any
+from exlq.evaluation.divergence import Divergence, against
+from exlq.evaluation.predictor import Blockwise, InLlamaCpp, Predictor
+from exlq.evaluation.run import open_any
 from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan, make_plan

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exlq.evaluate.llamacpp import quantize_chunk
+from exlq.evaluation.llamacpp import quantize_chunk
 from exlq.formats.exl2 import storage_bits
 from exlq.formats.exl2_options import HEAD_OPTIONS, groups_of
 from exlq.formats.gguf.reader import GgufFile

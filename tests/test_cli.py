@@ -13,7 +13,7 @@ import torch
 from exlq import __version__
 from exlq.cli import convert_main, main
 from exlq.cli.screen import Screen, Terminal
-from exlq.evaluate.run import evaluate
+from exlq.evaluation.run import evaluate
 from exlq.models.model import Model
 from exlq.pipeline import verify
 from tests.helpers import make_model

@@ -35,16 +35,27 @@ FLOORS = {
     "models": 2,
     "pipeline": 3,
     "recipes": 3,
-    "evaluate": 3,
+    "sizing": 3,
+    "evaluation": 3,
+    "run": 3,
+    "inspect": 3,
+    "doctor": 3,
     "report": 4,
     "cli": 4,
+    "api": 4,
     "__main__": 4,
 }
 # Neighbours on one floor, importer first: each pair has one direction.
 NEIGHBOURS = {
     ("measurement", "allocation"),  # a record gives the solver its items
-    ("pipeline", "evaluate"),  # a job measures what it wrote
+    ("pipeline", "evaluation"),  # a job measures what it wrote
     ("pipeline", "recipes"),
+    ("pipeline", "doctor"),  # a job's summary says what its text is made of
+    ("run", "evaluation"),  # llama.cpp's place, devices
+    ("pipeline", "sizing"),
+    ("sizing", "recipes"),
+    ("inspect", "sizing"),
+    ("doctor", "sizing"),
     ("cli", "report"),
     ("__main__", "cli"),
 }
@@ -166,6 +177,9 @@ def test_only_the_command_line_prints(path: Path) -> None:
         ("exlq.measurement", ["torch", "transformers", "pyarrow"]),
         ("exlq.names", ["torch", "numpy"]),
         ("exlq.recipes", ["torch", "transformers", "pyarrow"]),
+        ("exlq.sizing.advice, exlq.report.plans, exlq.cli.plan", ["torch", "transformers", "pyarrow"]),
+        ("exlq.sizing.effort", ["torch", "numpy"]),
+        ("exlq.inspect, exlq.report.inspection, exlq.cli.inspect", ["torch", "transformers", "pyarrow"]),
         ("exlq.pipeline.config", ["torch", "transformers", "pyarrow"]),
         ("exlq.cli", ["torch", "transformers", "pyarrow", "numpy"]),
         ("exlq.formats.gguf.recipes, exlq.formats.gguf.header", ["torch", "transformers", "pyarrow"]),

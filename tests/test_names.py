@@ -7,7 +7,7 @@ import pytest
 from exlq import names
 from exlq.calibration.rows import STARTS
 from exlq.cli.commands import COMMANDS, GROUPS
-from exlq.evaluate.run import RUNNERS
+from exlq.evaluation.run import RUNNERS
 from exlq.formats.codecs import CODECS
 from exlq.formats.exl2_options import HEAD_OPTIONS
 from exlq.formats.gguf import types

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 NOTHING_LOST = "nothing was left half written"
 GOES_ON = "the same command goes on after the last finished block"
+SO_FAR = "what came is above"
 
 
 class Command(NamedTuple):
@@ -20,7 +21,16 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("convert", "make", GOES_ON),
     "quantize": Command("quantize", "make"),
     "imatrix": Command("imatrix", "make"),
+    "plan": Command("plan", "look"),
+    "solve": Command("solve", "look"),
+    "explain": Command("explain", "look"),
     "eval": Command("evaluate", "look"),
+    "inspect": Command("inspect", "look"),
+    "doctor": Command("doctor", "look"),
+    "report": Command("report", "look"),
+    "run": Command("run", "use", SO_FAR),
+    "chat": Command("chat", "use"),
+    "serve": Command("serve", "use"),
 }
 GROUPS = {
     "make": "Make a model",

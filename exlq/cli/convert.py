@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from exlq.cli.arguments.convert import AUTO
 from exlq.cli.screen import Screen
+from exlq.errors import ConfigError
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import recipe_named
 from exlq.pipeline import job
@@ -17,10 +19,13 @@ from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.estimate import estimate
 from exlq.report import tables
 from exlq.sizes import parse_bytes
+from exlq.sizing.advice import writable
+from exlq.sizing.fitting import Room, default_context, largest_bits
+from exlq.sizing.shapes import read_shape
 
 
 def run(parsed: argparse.Namespace, screen: Screen) -> None:
-    config = _config(parsed)
+    config = _config(parsed, screen)
     if parsed.dry_run:
         _rehearse(config, screen)
         return
@@ -59,18 +64,19 @@ def _foretold(name: str, figures: Mapping[str, Any]) -> str:
     return f"{name}: {figures['bpw']:.4f} bits per weight{told}"
 
 
-def _config(parsed: argparse.Namespace) -> ConvertConfig:
+def _config(parsed: argparse.Namespace, screen: Screen) -> ConvertConfig:
     return ConvertConfig(
         in_dir=parsed.in_dir,
         out_dir=parsed.out_dir,
         calibration=parsed.cal_dataset,
-        bits=parsed.bits,
+        bits=_bits(parsed, screen),
         head_bits=parsed.head_bits,
         shard_mib=parsed.shard_size,
         rows=parsed.dataset_rows,
         length=parsed.length,
         measurement_rows=parsed.measurement_rows,
         measurement_length=parsed.measurement_length,
+        effort=parsed.effort,
         measurement=parsed.measurement,
         output_measurement=parsed.output_measurement,
         compile_full=parsed.compile_full,
@@ -88,6 +94,7 @@ def _config(parsed: argparse.Namespace) -> ConvertConfig:
         split_bytes=None if parsed.split_size is None else parse_bytes(parsed.split_size),
         tokenizer_pre=parsed.tokenizer_pre,
         gguf_template=parsed.gguf_template,
+        recipe=parsed.recipe,
         text_column=parsed.text_column,
         parse_special=parsed.parse_special,
         row_mode=parsed.rows,
@@ -99,6 +106,27 @@ def _config(parsed: argparse.Namespace) -> ConvertConfig:
         objective=parsed.objective,
         permute_mlp=parsed.permute_mlp,
     )
+
+
+def _bits(parsed: argparse.Namespace, screen: Screen) -> float | None:
+    """The bits asked for, or with `auto` the most that run in the memory given."""
+    if parsed.bits != AUTO:
+        for flag, value in (("--memory", parsed.memory), ("--context", parsed.context)):
+            if value is not None:
+                raise ConfigError(f"{flag} {value}: it goes with -b auto alone")
+        return None if parsed.bits is None else float(parsed.bits)
+    if parsed.memory is None:
+        raise ConfigError("-b auto wants --memory SIZE, as 16GiB: what the model is to run in")
+    shape, asked = read_shape(parsed.in_dir), _names(parsed.format)
+    formats = [name for name in writable(shape)[0] if asked is None or name in asked]
+    if not formats:
+        raise ConfigError(f"--format {parsed.format}: this model becomes {' and '.join(writable(shape)[0])}")
+    context = default_context(shape) if parsed.context is None else parsed.context
+    bits = largest_bits(shape, formats, Room(parse_bytes(parsed.memory), context), parsed.head_bits)
+    screen.tell(
+        f"-b auto: {bits:.2f} bits per weight run in {parsed.memory} with {context:,} tokens of context"
+    )
+    return bits
 
 
 def _names(listed: str | None) -> tuple[str, ...] | None:

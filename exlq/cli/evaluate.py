@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from exlq.cli.screen import Screen
-from exlq.evaluate.run import Evaluation, Settings, evaluate_all
+from exlq.evaluation.run import Evaluation, Settings, evaluate_all
 from exlq.report.evaluation import comparison_table, evaluation_table, protocol
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from exlq.allocation import solve
-from exlq.errors import FormatError, MeasurementError
+from exlq.errors import FormatError, MeasurementError, TargetError
 from exlq.formats.codec import Codec
 from exlq.measurement import LinearRecord, Measurement, OptionRecord, to_items
 from exlq.pipeline.plan import Plan
+from exlq.recipes import stored
+from exlq.recipes.stored import RecipeOutput
 from exlq.types import Allocation, LinearSpec, Option
 
 
@@ -44,6 +46,49 @@ def solved(
     allocation = solve(to_items(replace(measurement, linears=tuple(chosen.values()))), budget_bits)
     options = {key: chosen[key].options[index] for key, index in allocation.choice.items()}
     return allocation, {key: Option(found.desc, found.qparams) for key, found in options.items()}
+
+
+def recipe_output(plan: Plan, codec: Codec[Any]) -> RecipeOutput | None:
+    """What `--recipe` has for the format, None without that flag.
+
+    Raises:
+        ConfigError: if the file is no recipe.
+        TargetError: if it has nothing for the format.
+    """
+    path = plan.config.recipe
+    if path is None:
+        return None
+    recipe = stored.load(path)
+    if codec.name not in recipe.outputs:
+        raise TargetError(f"{path} has {', '.join(recipe.outputs)} alone; solve for {codec.name} too")
+    return recipe.outputs[codec.name]
+
+
+def recipe_options(
+    plan: Plan, codec: Codec[Any], given: RecipeOutput, keys: Collection[str]
+) -> dict[str, Option]:
+    """The recipe's options of the matrices `keys`, in their order, checked against the model.
+
+    Raises:
+        TargetError: if it lacks a matrix, has one more, or an option that the matrix cannot have.
+    """
+    if unlike := sorted(set(keys) ^ set(given.options)):
+        verb = "lacks" if unlike[0] in keys else "has"
+        raise TargetError(
+            f"{plan.config.recipe} {verb} {unlike[0]}, {len(unlike)} matrices differ from this model's: "
+            "solve from a measurement of this model"
+        )
+    return {key: _recipe_option(plan, codec, key, given.options[key]) for key in keys}
+
+
+def _recipe_option(plan: Plan, codec: Codec[Any], key: str, desc: str) -> Option:
+    spec = plan.specs[key]
+    options = {option.desc: option for option in codec.measured(spec, plan.role(spec))}
+    if desc not in options:
+        raise TargetError(
+            f"{plan.config.recipe}: {key} cannot be {desc!r} in {codec.name}; it can be {', '.join(options)}"
+        )
+    return options[desc]
 
 
 def records(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from exlq import __version__
-from exlq.evaluate.divergence import Divergence
+from exlq.evaluation.divergence import Divergence
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan
 
@@ -54,7 +54,7 @@ def model_card(plan: Plan, kind: str, file: str, result: Mapping[str, Any]) -> s
         "",
         f"- Options of the {len(result['allocation'])} matrices: {_mix(result['allocation'])}",
         f"- Calibration: {_calibration(plan)}",
-        f"- Rounding: {plan.config.rounding}; mix chosen for the least {_objective(plan.config)}",
+        f"- Rounding: {plan.config.rounding}; the mix is {_mix_source(plan.config)}",
         *(f"- Note: {note}" for note in result["notes"]),
     ]
     return "\n".join(lines) + "\n"
@@ -98,10 +98,13 @@ def _calibration(plan: Plan) -> str:
     return f"`{record.file}` (sha256 {record.sha256}), {record.rows} rows of {record.row_length} tokens"
 
 
-def _objective(config: ConvertConfig) -> str:
-    if not config.measures:
-        return "deviation from llama-quantize's recipe: none"
-    return "predicted KL divergence" if config.objective == "kl" else "relative output error"
+def _mix_source(config: ConvertConfig) -> str:
+    if config.gguf_type is not None:
+        return f"llama-quantize's for {config.gguf_type}"
+    if config.recipe is not None:
+        return "a given recipe"
+    least = "predicted KL divergence" if config.objective == "kl" else "relative output error"
+    return f"that of the least {least} within the target"
 
 
 TITLES: Mapping[str, str] = {"exl2": "EXL2", "gguf": "GGUF"}

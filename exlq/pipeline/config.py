@@ -8,9 +8,9 @@ from typing import Any
 
 from exlq.errors import ConfigError
 from exlq.names import FORMATS, HEAD_BITS, OBJECTIVES, ROW_MODES, STATES, Mode
+from exlq.sizing.effort import EFFORTS, NORMAL
 
-QUANTIZE_TOKENS = 100 * 2048  # what -r and -l come to by default
-MEASURE_TOKENS = 16 * 2048  # likewise -mr and -ml
+QUANTIZE_TOKENS = EFFORTS[NORMAL].quantize_tokens  # of what has no --effort
 # One row is held out; the second half of a row of 3 has one token to be predicted.
 LEAST = {"rows": 2, "length": 3, "measurement_rows": 2, "measurement_length": 2, "threads": 1}
 
@@ -27,7 +27,7 @@ class Methods:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """One conversion. Lengths and rows left None follow from the model (`plan`).
+    """One conversion. Lengths left None follow from the model, rows left None from `effort` (`plan`).
 
     Raises:
         ConfigError: when made, if settings are out of range or exclude one another.
@@ -43,6 +43,7 @@ class ConvertConfig:
     length: int | None = None
     measurement_rows: int | None = None
     measurement_length: int | None = None
+    effort: str = NORMAL  # of EFFORTS: the tokens that rows left None come to
     measurement: Path | None = None
     output_measurement: Path | None = None
     compile_full: Path | None = None
@@ -52,6 +53,7 @@ class ConvertConfig:
     measure: tuple[str, ...] | None = None  # formats whose options are measured; None: all
     file_size: int | None = None  # bytes of the GGUF file with all its shards
     gguf_type: str | None = None  # name of a recipe
+    recipe: Path | None = None  # file of `exlq solve`: the option of every matrix
     gptq: bool = True
     weighted: bool = True
     tensor_types: tuple[str, ...] = ()  # REGEX=TYPE
@@ -83,18 +85,26 @@ class ConvertConfig:
             raise ConfigError(f"--objective {self.objective}: choose {' or '.join(OBJECTIVES)}")
         if self.row_mode not in ROW_MODES:
             raise ConfigError(f"--rows {self.row_mode}: choose {' or '.join(ROW_MODES)}")
+        if self.effort not in EFFORTS:
+            raise ConfigError(f"--effort {self.effort}: choose {', '.join(EFFORTS)}")
         self._check_counts()
 
     @property
     def targets(self) -> dict[str, Any]:
         """The targets given, by their flags."""
-        given = {"-b": self.bits, "--file-size": self.file_size, "--gguf-type": self.gguf_type}
+        recipe = None if self.recipe is None else self.recipe.name
+        given = {
+            "-b": self.bits,
+            "--file-size": self.file_size,
+            "--gguf-type": self.gguf_type,
+            "--recipe": recipe,
+        }
         return {flag: value for flag, value in given.items() if value is not None}
 
     @property
     def measures(self) -> bool:
         """Whether the target is to be allocated from a measurement."""
-        return self.gguf_type is None
+        return self.gguf_type is None and self.recipe is None
 
     @property
     def measured_formats(self) -> tuple[str, ...]:
@@ -121,15 +131,18 @@ class ConvertConfig:
             raise ConfigError(f"{' and '.join(self.targets)} exclude one another: give one target")
         if self.output_measurement is None and not self.targets:
             raise ConfigError(
-                "no target: give -b BITS, --file-size SIZE or --gguf-type NAME, or -om FILE to measure only"
+                "no target: give -b BITS, --file-size SIZE or --gguf-type NAME, or -om FILE to measure only, "
+                "or --recipe FILE of exlq solve"
             )
+        if self.output_measurement is not None and not self.measures:
+            raise ConfigError(f"-om measures and {next(iter(self.targets))} wants no measurement: give one")
         if self.output_measurement is not None and self.compile_full is not None:
             raise ConfigError("-om measures only and -cf wants a whole model: give one of them")
         if self.output_measurement is not None and self.measurement is not None:
             raise ConfigError("-om measures and -m takes a finished measurement: give one of them")
         if self.bits is not None and not 0 < self.bits <= 16:
             raise ConfigError(f"-b {self.bits}: bits per weight must be above 0 and at most 16")
-        if not self.weighted and (self.gptq or self.measures):
+        if not self.weighted and (self.gptq or self.gguf_type is None):
             raise ConfigError("--unweighted measures nothing: it goes with --no-gptq and --gguf-type NAME")
 
     def _check_counts(self) -> None:

@@ -13,13 +13,22 @@ from exlq.formats.codec import Codec
 from exlq.formats.codecs import CODECS
 from exlq.formats.exl2_config import exl2_config, require_known
 from exlq.formats.exl2_directory import Exl2Weights, Exl2Writer
+from exlq.formats.exl2_options import HEAD_OPTIONS
 from exlq.measurement import Measurement
 from exlq.models.config import read_json
 from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.pipeline import directory as places
 from exlq.pipeline import verify
-from exlq.pipeline.allocate import Choice, measured_loss, records, solved
+from exlq.pipeline.allocate import (
+    Choice,
+    measured_loss,
+    recipe_options,
+    recipe_output,
+    records,
+    solved,
+    total_loss,
+)
 from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
@@ -40,11 +49,15 @@ class Exl2Output:
         self._plan = plan
         self.codec: Codec[Any] = CODECS[self.name]
         require_known(plan.model.family.exl2_architecture or plan.model.family.architectures[0])
+        self._given = recipe_output(plan, self.codec)
+        self._bits = plan.config.bits if self._given is None else self._given.bpw
         self._fewest, self._most = self._range()
         self._require_reachable()
         self._require_shards()
         self._require_float16()
         self._config()
+        if self._given is not None:
+            self._from_recipe(None)  # refuses one of another model
 
     @property
     def reach(self) -> str:
@@ -52,8 +65,7 @@ class Exl2Output:
         return f"{self._fewest / numel:.3f} to {self._most / numel:.3f} bits per weight"
 
     def trusted(self, choice: Choice) -> bool:
-        bits = self._plan.config.bits
-        return bits is not None and bits >= TRUSTED_FROM_BPW
+        return self._bits is not None and self._bits >= TRUSTED_FROM_BPW
 
     @property
     def target(self) -> Path:
@@ -65,6 +77,8 @@ class Exl2Output:
 
     def allocate(self, measurement: Measurement | None) -> Choice:
         plan = self._plan
+        if self._given is not None:
+            return self._from_recipe(measurement)
         assert measurement is not None
         assert plan.config.bits is not None
         keys = [spec.key for spec in plan.linears]
@@ -81,10 +95,29 @@ class Exl2Output:
             plan.notes,
         )
 
+    def _from_recipe(self, measurement: Measurement | None) -> Choice:
+        plan = self._plan
+        assert self._given is not None
+        keys = [*(spec.key for spec in plan.linears), plan.model.head.key]
+        options = recipe_options(plan, self.codec, self._given, keys)
+        losses: list[float | None] = [None]
+        if measurement is not None and plan.config.objective == "kl":
+            records(plan, self.codec, measurement, keys)
+            losses = [measured_loss(measurement, key, option) for key, option in options.items()]
+        bits = sum(self.codec.storage_bits(spec, options[spec.key]) for spec in plan.linears)
+        return Choice(options, bits / plan.numel, total_loss(losses), notes=plan.notes)
+
+    @property
+    def _head_nominal(self) -> int:
+        """Bits of the head as `-hb` counts them."""
+        desc = None if self._given is None else self._given.options.get(self._plan.model.head.key)
+        found = (bits for bits, option in HEAD_OPTIONS.items() if option.desc == desc)
+        return next(found, self._plan.config.head_bits)
+
     def estimated_bytes(self) -> int:
         plan = self._plan
         plain = sum(torch.Size(plan.model.weights.shape(name)).numel() for name in plan.model.plain_tensors())
-        return int(((plan.config.bits or 0) * plan.numel + self._head_bits() + 16 * plain) / 8)
+        return int(((self._bits or 0) * plan.numel + self._head_bits() + 16 * plain) / 8)
 
     def write(self, choice: Choice, directory: Path, work: Path, progress: Progress) -> None:
         plan, model, digests = self._plan, self._plan.model, {}
@@ -111,15 +144,15 @@ class Exl2Output:
         return [self.target]
 
     def figures(self, choice: Choice) -> dict[str, Any]:
-        return {"head_bits": self._plan.config.head_bits}
+        return {"head_bits": self._head_nominal}
 
     def _config(self) -> dict[str, Any]:
         """config.json of the output; ModelError if ExLlamaV2 could not read it right."""
         plan, record = self._plan, self._plan.rows.record
         written = exl2_config(
             read_json(plan.config.in_dir),
-            bits=plan.config.bits or 0.0,
-            head_bits=plan.config.head_bits,
+            bits=self._bits or 0.0,
+            head_bits=self._head_nominal,
             rows=record.rows,
             length=record.row_length,
             dataset=record.file if plan.config.calibration else "(default)",
@@ -144,12 +177,14 @@ class Exl2Output:
 
     def _head_bits(self) -> int:
         head = self._plan.model.head
-        return self.codec.storage_bits(head, self.codec.head_option(head, self._plan.config.head_bits))
+        return self.codec.storage_bits(head, self.codec.head_option(head, self._head_nominal))
 
     def _require_reachable(self) -> None:
         config, numel = self._plan.config, self._plan.numel
-        if config.bits is None and config.output_measurement is None:
-            raise TargetError(f"{next(iter(config.targets))} is a target of GGUF; EXL2 takes -b BITS")
+        if self._bits is None and config.output_measurement is None:
+            raise TargetError(
+                f"{next(iter(config.targets))} is a target of GGUF; EXL2 takes -b BITS or --recipe FILE"
+            )
         low, high = self._fewest / numel, self._most / numel
         if config.bits is not None and not low <= config.bits <= high:
             raise TargetError(

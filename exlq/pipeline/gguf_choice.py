@@ -14,15 +14,14 @@ from exlq.formats.gguf.recipes import Recipe, Shape, fallback, recipe_types
 from exlq.formats.gguf.tensors import Entry
 from exlq.formats.gguf_codec import holds, type_option
 from exlq.measurement import Measurement
-from exlq.pipeline.allocate import Choice, measured_loss, records, solved, total_loss
+from exlq.pipeline.allocate import Choice, measured_loss, recipe_options, records, solved, total_loss
 from exlq.pipeline.plan import Plan
+from exlq.recipes.ends import gguf_ends
+from exlq.recipes.stored import RecipeOutput
 from exlq.types import Allocation, Option
 
 ALIGNMENT_BYTES = 32  # of a tensor's data in the file
-# The embedding's type by the decoder's bits per weight, from which on.
-EMBEDDING_TYPES = ((8.0, "Q8_0"), (5.0, "Q6_K"), (0.0, "Q4_K"))
 WIDER = ("Q8_0", "BF16")  # for weights too small for what they were to be
-TIED_TYPES = ((8.0, "Q8_0"), (0.0, "Q6_K"))
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,24 @@ def by_recipe(
     return matrices.chosen(options, measurement, notes=notes)
 
 
+def by_solved_recipe(matrices: Matrices, measurement: Measurement | None, given: RecipeOutput) -> Choice:
+    """What `exlq solve` chose; types given by hand count before it.
+
+    Raises:
+        TargetError: if the recipe is not of this model.
+    """
+    options = recipe_options(matrices.plan, matrices.codec, given, list(matrices.keys))
+    by_tensor: dict[str, str] = {}
+    for key, name in matrices.keys.items():
+        if by_tensor.setdefault(name, options[key].desc) != options[key].desc:
+            raise TargetError(f"{matrices.plan.config.recipe}: {key} shares {name} and its type; solve again")
+    if measurement is not None:
+        records(matrices.plan, matrices.codec, measurement, list(options))
+    pins, pinned_notes = matrices.pinned
+    held, notes = matrices.held({key: option for key, option in options.items() if key not in pins})
+    return matrices.chosen({**options, **held, **pins}, measurement, notes=pinned_notes + notes)
+
+
 def _options(matrices: Matrices, key: str, pins: Mapping[str, Option]) -> Sequence[Option]:
     """What a matrix may become, fewest bits first."""
     spec = matrices.plan.specs[key]
@@ -170,11 +187,6 @@ def _options(matrices: Matrices, key: str, pins: Mapping[str, Option]) -> Sequen
 
 def _ends(matrices: Matrices, bits: float) -> dict[str, Option]:
     """Embedding and head where bits are counted over the decoder alone."""
-    plan = matrices.plan
-    model, codec = plan.model, matrices.codec
-    rule = TIED_TYPES if model.tied else EMBEDDING_TYPES
-    wanted = next(name for least, name in rule if bits >= least)
-    ends = {model.embedding_key: type_option(fallback(wanted, model.hidden_size))}
-    if not model.tied:
-        ends[model.head.key] = codec.head_option(model.head, plan.config.head_bits)
-    return ends
+    model = matrices.plan.model
+    ends = gguf_ends(bits, matrices.plan.config.head_bits, model.tied)
+    return {key: type_option(fallback(kind, model.hidden_size)) for key, kind in ends.items()}

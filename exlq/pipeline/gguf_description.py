@@ -13,6 +13,7 @@ from gguf import GGML_QUANT_VERSION, GGUFValueType
 from exlq import __version__
 from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import FormatError, ModelError
+from exlq.files import sha256_file
 from exlq.formats.gguf import metadata, template, tensors
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.recipes import Shape
@@ -150,6 +151,7 @@ def _settings_sha256(plan: Plan) -> str:
     settings: Mapping[str, object] = {
         "origin": plan.origin,
         "targets": config.targets,
+        "recipe": None if config.recipe is None else sha256_file(config.recipe),
         "head_bits": config.head_bits,
         "tensor_types": config.tensor_types,
         "output_tensor_type": config.output_tensor_type,

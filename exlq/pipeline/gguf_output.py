@@ -30,12 +30,13 @@ from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.pipeline import directory as places
 from exlq.pipeline import verify
-from exlq.pipeline.allocate import Choice
+from exlq.pipeline.allocate import Choice, recipe_output
 from exlq.pipeline.embedding import quantized_embedding
 from exlq.pipeline.gguf_choice import (
     Matrices,
     bits_range,
     by_recipe,
+    by_solved_recipe,
     require_size,
     smallest,
     within_bits,
@@ -69,6 +70,9 @@ class GgufOutput:
         )
         self._matrices = Matrices(plan, self.codec, self._told.entries, overrides)
         self._recipe = None if config.gguf_type is None else recipe_named(config.gguf_type)
+        self._given = recipe_output(plan, self.codec)
+        if self._given is not None:
+            by_solved_recipe(self._matrices, None, self._given)  # refuses one of another model
         self._low, self._high = bits_range(self._matrices)
         self._require_reachable()
 
@@ -95,6 +99,8 @@ class GgufOutput:
         config = self._plan.config
         if self._recipe is not None:
             return by_recipe(self._matrices, measurement, self._recipe, self._told.shape, config.weighted)
+        if self._given is not None:
+            return by_solved_recipe(self._matrices, measurement, self._given)
         assert measurement is not None
         if config.bits is not None:
             return within_bits(self._matrices, measurement, config.bits)
@@ -105,6 +111,8 @@ class GgufOutput:
         config, model = self._plan.config, self._plan.model
         if config.file_size is not None:
             return config.file_size
+        if self._given is not None:
+            return self._given.bytes
         ends = sum(self._plan.specs[key].numel for key in (model.head.key, model.embedding_key))
         return int((config.bits or self._high) * (self._plan.numel + ends) / 8)
 
@@ -232,8 +240,8 @@ class GgufOutput:
         config = self._plan.config
         if self._recipe is not None:
             return file_name(metadata, self._recipe.name)
-        if config.bits is not None:
-            return file_name(metadata, f"{config.bits:.2f}bpw")
+        if config.bits is not None or self._given is not None:
+            return file_name(metadata, f"{config.bits or choice.bpw:.2f}bpw")
         size = config.file_size or 0
         return file_name(metadata, f"{size / GIB:.2f}GiB" if size >= GIB / 10 else f"{size / MIB:.2f}MiB")
 

@@ -15,7 +15,7 @@ from exlq.checkpoint.hashes import tokenizer_hash
 from exlq.checkpoint.open import open_checkpoint
 from exlq.default_calibration import default_calibration
 from exlq.errors import ConfigError, ModelError
-from exlq.evaluate.run import usable_device
+from exlq.evaluation.run import usable_device
 from exlq.formats.gguf import metadata, tensors
 from exlq.formats.gguf.imatrix import Entry, Imatrix, save
 from exlq.formats.gguf.tensors import Entry as FileEntry

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from exlq import __version__, measurement
-from exlq.errors import ConfigError
-from exlq.evaluate.divergence import Divergence
+from exlq.doctor import diagnose
+from exlq.errors import ConfigError, InputError
+from exlq.evaluation.divergence import Divergence
 from exlq.files import atomic_write_json
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
@@ -212,10 +213,25 @@ def _summary(job: Job, results: Mapping[str, Any]) -> dict[str, Any]:
         "measurement": str(record) if job.given is not None or config.measures else None,
         "evaluated_on": job.plan.checked_rows()[1],
         "calibration": asdict(job.plan.rows.record),
+        "calibration_text": _text_found(config),
         "seconds": job.seconds,
         "machine": machine(),
         "settings": config.as_json(),
     }
+
+
+def _text_found(config: ConvertConfig) -> dict[str, Any] | None:
+    """What `exlq doctor` finds in the text, tokens apart; None where it can say nothing."""
+    try:
+        found = diagnose(
+            config.calibration,
+            text_column=config.text_column,
+            parse_special=config.parse_special,
+            seed=config.seed,
+        )
+    except InputError:
+        return None
+    return asdict(found)
 
 
 def machine() -> dict[str, Any]:
@@ -233,8 +249,9 @@ def machine() -> dict[str, Any]:
 def fingerprint(config: ConvertConfig) -> str:
     """A hash of the settings and of the inputs' names, sizes and times of change."""
     settings = {k: v for k, v in config.as_json().items() if k not in ("threads", "no_resume", "out_dir")}
-    inputs = [config.calibration, config.measurement, config.gguf_template, *sorted(config.in_dir.iterdir())]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs if path is not None]
+    given = (config.calibration, config.measurement, config.recipe, config.gguf_template)
+    inputs = [*(path for path in given if path is not None), *sorted(config.in_dir.iterdir())]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
     return hashlib.sha256(json.dumps([__version__, settings, stats], sort_keys=True).encode()).hexdigest()
 
 

@@ -16,12 +16,13 @@ from exlq.checkpoint.hashes import file_hashes, tokenizer_hash
 from exlq.checkpoint.open import open_checkpoint
 from exlq.default_calibration import default_calibration
 from exlq.errors import FormatError, ModelError
-from exlq.evaluate.run import usable_device
+from exlq.evaluation.run import usable_device
 from exlq.formats.codec import Codec, Role
 from exlq.formats.codecs import CODECS
 from exlq.models.model import Model
 from exlq.models.open import open_model
-from exlq.pipeline.config import MEASURE_TOKENS, QUANTIZE_TOKENS, ConvertConfig
+from exlq.pipeline.config import ConvertConfig
+from exlq.sizing.effort import EFFORTS, rows_of
 from exlq.types import LinearSpec, Option
 
 PERMUTED = "channels inside MLPs and attention heads are permuted: adapters trained on the base do not fit"
@@ -112,11 +113,12 @@ def make_plan(config: ConvertConfig) -> Plan:
     lengths = _lengths(config, model)
 
     def cut(rows: int | None, length: int, tokens: int) -> TokenRows:
-        wanted = rows if rows is not None else max(8, tokens // length)
+        wanted = rows if rows is not None else rows_of(tokens, length)
         return cut_rows(stream, wanted, length, tokenizer_sha256, config.seed, config.row_mode)
 
-    rows = cut(config.rows, lengths[0], QUANTIZE_TOKENS)
-    measurement_rows = cut(config.measurement_rows, lengths[1], MEASURE_TOKENS)
+    effort = EFFORTS[config.effort]
+    rows = cut(config.rows, lengths[0], effort.quantize_tokens)
+    measurement_rows = cut(config.measurement_rows, lengths[1], effort.measure_tokens)
     _require_vocabulary(model, rows, measurement_rows)
     origin = _origin(config, model, measurement_rows, tokenizer_sha256)
     codecs = tuple(CODECS[name] for name in config.measured_formats)

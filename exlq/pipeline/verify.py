@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from exlq.errors import FormatError, ModelError, VerifyError
-from exlq.evaluate.divergence import Divergence, compare
+from exlq.evaluation.divergence import Divergence, compare
 from exlq.formats.exl2_directory import Exl2Weights
 from exlq.models.model import Model
 from exlq.pipeline.plan import Plan

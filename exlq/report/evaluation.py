@@ -9,8 +9,8 @@ from string import ascii_lowercase
 
 from rich.table import Table
 
-from exlq.evaluate.divergence import Divergence
-from exlq.evaluate.run import Evaluation, Settings
+from exlq.evaluation.divergence import Divergence
+from exlq.evaluation.run import Evaluation, Settings
 from exlq.names import LLAMA_CPP, TORCH
 from exlq.report.tables import table
 

@@ -58,6 +58,7 @@ def _target(config: ConvertConfig) -> str:
         "-b": f"{config.bits} bits per weight, head {config.head_bits} bits",
         "--file-size": f"at most {format_bytes(config.file_size or 0)}",
         "--gguf-type": f"{config.gguf_type}",
+        "--recipe": f"{config.recipe}",
     }
     return named[next(iter(config.targets))]
 

@@ -95,9 +95,9 @@ def test_a_70b_model_takes_seconds_and_is_proven_optimal(bpw: float) -> None:
 def test_the_preview_is_instant_and_close() -> None:
     items = model_like(blocks=100, options=25, seed=1)
     low, high = reachable_range(items)
-    begin = time.perf_counter()
+    begin = time.process_time()
     preview = solve(items, (low + high) // 2, "lagrange")
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert preview.bound <= solve(items, (low + high) // 2).loss <= preview.loss
     assert preview.gap < 1e-3
 

@@ -72,7 +72,7 @@ def test_a_program_reads_one_object_a_line(
             "--file is not known here; did you mean --file-size?",
         ),
         (["convert", "-i", "a"], "required: -o/--out_dir"),
-        (["convert", "-i", "a", "-o", "b", "-b", "four"], "invalid float value: 'four'"),
+        (["convert", "-i", "a", "-o", "b", "-b", "four"], "'four' is no number of bits"),
         ([], "required: COMMAND"),
     ],
 )

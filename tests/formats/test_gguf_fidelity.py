@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exlq.evaluate import llamacpp
+from exlq.evaluation import llamacpp
 from exlq.formats.gguf_blocks import BLOCK_TYPES
 from exlq.formats.gguf_codec import GgufCodec, type_option
 from exlq.numerics import hessian

@@ -80,6 +80,7 @@ def linear_modules(base: Path) -> list[torch.nn.Linear]:
 def check_files(base: Path, written: Path) -> None:
     names = {path.name for path in written.iterdir()}
     assert names == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "output.safetensors",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exlq.evaluate import llamacpp
+from exlq.evaluation import llamacpp
 from exlq.models.families import FAMILIES
 from exlq.pipeline.gguf_output import GgufOutput
 from exlq.pipeline.plan import make_plan

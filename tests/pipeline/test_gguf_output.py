@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exlq import __version__, measurement
 from exlq.errors import VerifyError
-from exlq.evaluate import llamacpp
+from exlq.evaluation import llamacpp
 from exlq.formats.gguf.overrides import parse_overrides, pinned, read_type_file
 from exlq.formats.gguf.writer import GgufWriter
 from exlq.pipeline import job, verify

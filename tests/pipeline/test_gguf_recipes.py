@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exlq.evaluate import llamacpp
+from exlq.evaluation import llamacpp
 from exlq.formats.gguf.overrides import read_type_file
 from exlq.formats.gguf.recipes import Shape, recipe_named, recipe_types
 from exlq.models.model import Model

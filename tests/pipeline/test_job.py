@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from exlq import measurement
 from exlq.errors import VerifyError
-from exlq.evaluate.divergence import Divergence
+from exlq.evaluation.divergence import Divergence
 from exlq.formats.exl2_directory import Exl2Weights, Exl2Writer
 from exlq.models.model import Model
 from exlq.models.open import open_model
@@ -66,6 +66,7 @@ def test_the_summary_holds_the_figures_of_this_run(finished: Finished) -> None:
     assert summary["outputs"].keys() == {"exl2"}
     assert stored["notes"] == [], "no format was left out"
     assert summary["command"] == "a command"
+    assert summary["calibration_text"]["kind"] == "input_ids"
     assert summary["seconds"].keys() == {"measuring", "allocating", "quantizing", "verifying"}
     assert all(seconds > 0 for seconds in summary["seconds"].values())
     size = (finished.model / "output.safetensors").stat().st_size

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exlq.errors import MeasurementError, ModelError
-from exlq.evaluate import llamacpp
+from exlq.evaluation import llamacpp
 from exlq.pipeline import job
 from exlq.pipeline.plan import PERMUTED, make_plan
 from tests.helpers import make_model

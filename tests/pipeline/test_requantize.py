@@ -15,7 +15,7 @@ from gguf import GGUFValueType
 from torch import Tensor
 
 from exlq.errors import ConfigError, ExlqError, InputError, ModelError, VerifyError
-from exlq.evaluate.llamacpp import Runtime, available, quantize_chunk
+from exlq.evaluation.llamacpp import Runtime, available, quantize_chunk
 from exlq.formats.gguf.imatrix import Entry, Imatrix, save
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.recipes import Shape, recipe_named, recipe_types

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from exlq.evaluate.divergence import Divergence
+from exlq.evaluation.divergence import Divergence
 
 FIGURES = Divergence(
     n_tokens=12800,

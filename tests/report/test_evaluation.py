@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from exlq.evaluate.run import Evaluation, Settings
+from exlq.evaluation.run import Evaluation, Settings
 from exlq.names import LLAMA_CPP
 from exlq.report.evaluation import comparison_table, evaluation_table, protocol
 from tests.report.helpers import FIGURES, lines, shown

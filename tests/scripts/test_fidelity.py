@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from exlq.errors import ConfigError
-from exlq.evaluate.divergence import Divergence
+from exlq.evaluation.divergence import Divergence
 from exlq.formats import gguf_codec
 from exlq.formats.gguf_blocks.kquants import Q4_K
 from exlq.numerics import hessian

@@ -7,11 +7,14 @@ from pathlib import Path
 
 from exlq.cli.arguments.shared import arrange_calibration, arrange_machine
 from exlq.names import FORMATS, HEAD_BITS, OBJECTIVES, STATES
+from exlq.sizing.effort import EFFORTS, NORMAL
 
+AUTO = "auto"
 SUMMARY = "Quantize a model to a target size: EXL2 and GGUF."
 EXAMPLES = (
     "exlq convert -i MODEL -o OUT -b 5.0",
     "exlq convert -i MODEL -o OUT -b 4.25 -c text.parquet --format exl2",
+    "exlq convert -i MODEL -o OUT -b auto --memory 16GiB --context 8192",
     "exlq convert -i MODEL -o OUT --file-size 4.2GiB",
     "exlq convert -i MODEL -o OUT --gguf-type Q4_K_M",
     "exlq convert -i MODEL -o OUT -om measurement.json    # measure once,",
@@ -41,10 +44,13 @@ def _arrange_places(group: argparse._ArgumentGroup) -> None:
 
 def _arrange_target(group: argparse._ArgumentGroup) -> None:
     add, heads = group.add_argument, ", ".join(map(str, HEAD_BITS))
-    add("-b", "--bits", type=float, help="average bits per weight of the decoder's linears")
+    add("-b", "--bits", type=_bits, metavar="BITS", help="bits per weight of the decoder's linears, or auto")
     add("--file-size", metavar="SIZE", help="most bytes of the GGUF file, as 4.2GiB; all shards")
     add("--gguf-type", metavar="NAME", help="a recipe of llama-quantize, as Q4_K_M")
+    add("--recipe", type=Path, metavar="FILE", help="a recipe of exlq solve, for the formats it has")
     add("-hb", "--head_bits", type=int, default=6, help=f"bits of lm_head: {heads}; default 6")
+    add("--memory", metavar="SIZE", help="with -b auto: the most bits that run in so much, as 16GiB")
+    add("--context", type=int, metavar="N", help="with -b auto: tokens to run; default 8192 or the maximum")
     add(
         "--objective",
         choices=OBJECTIVES,
@@ -55,8 +61,16 @@ def _arrange_target(group: argparse._ArgumentGroup) -> None:
     add("--permute-mlp", action="store_true", help="reorder channels inside MLPs and heads to fit the blocks")
 
 
+def _bits(text: str) -> float | str:
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bits; give one, or auto") from exc
+
+
 def _arrange_measurement(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add("--effort", choices=EFFORTS, default=NORMAL, help="rows of text, where they are not given; normal")
     add("-om", "--output_measurement", type=Path, metavar="FILE", help="measure only, and save it there")
     add("-m", "--measurement", type=Path, metavar="FILE", help="take this measurement, measure nothing")
     add("--force-measurement", action="store_true", help="take -m's file even if measured otherwise")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from exlq.evaluate.llamacpp import available
+from exlq.evaluation.llamacpp import available
 from exlq.formats.gguf.pretokenizers import (
     CHECK_TEXT,
     DIGIT_PATTERN,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exlq.evaluate.llamacpp import Runtime, available
+from exlq.evaluation.llamacpp import Runtime, available
 from exlq.models.families import FAMILIES
 from tests.formats.gguf.exported import raw_config, write_f32
 from tests.helpers import make_model

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from exlq.calibration.tokenizer import load_tokenizer
 from exlq.errors import ConfigError, ModelError
-from exlq.evaluate.llamacpp import available
+from exlq.evaluation.llamacpp import available
 from exlq.formats.gguf.tokenizer import known_pre_names, tokenizer_metadata
 from exlq.formats.gguf.values import KeyValue
 from tests.formats.gguf.tokenizer_models import STRESS, loaded, save, split, trained, write

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exlq.calibration.tokenizer import load_tokenizer
 from exlq.errors import ConfigError, ModelError
-from exlq.evaluate.llamacpp import available
+from exlq.evaluation.llamacpp import available
 from exlq.formats.gguf.tokenizer import tokenizer_metadata
 from exlq.formats.gguf.tokenizer_spaces import joined
 from exlq.formats.gguf.values import KeyValue

@@ -14,7 +14,7 @@ import sentencepiece
 from gguf import GGUFValueType, GGUFWriter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from exlq.evaluate.llamacpp_api import library
+from exlq.evaluation.llamacpp_api import library
 from exlq.formats.gguf.values import KeyValue
 
 # What tokenizers get wrong: runs of spaces and lines, digits, scripts, contractions, code.

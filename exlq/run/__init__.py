@@ -1,0 +1,1 @@
+"""Models that answer: text continued, conversations held, a GGUF file served over HTTP."""

@@ -1,0 +1,118 @@
+"""What a conversion takes: floating point operations by stage, memory and disk, from shapes and tokens.
+
+Rough by design: the arithmetic of whole stages, times what they have been seen to take over it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from exlq.types import LinearSpec
+
+SLOWDOWN = 1.6  # of whole stages over their matrix products, on CPUs
+FLOAT_BYTES = 4
+GRADIENTS, MEASURING = "gradients", "measuring"
+GRADIENT_TOKENS = 8192  # of `pipeline.sensitivity.TOKENS`
+SAMPLED_ROWS, SWEEP_BYTES = 1024, 256 << 20  # of `pipeline.trial`
+COUPLED_ROWS = 1024  # of `numerics.coupling.RUN`
+PROCESS_BYTES = 512 << 20  # libraries, tokens, logits
+PROBE, PROBE_S = 512, 0.1  # side of the matrices whose product is timed, and for how long
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of the passes: all to quantize on, of those held out, all to measure on."""
+
+    quantize: int
+    heldout: int
+    measure: int
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Which stages there are: `outputs` names the formats to be made."""
+
+    outputs: tuple[str, ...]
+    measures: bool = True
+    gradients: bool = True
+    feedback: bool = True  # by GPTQ: the base model runs beside the quantized one
+
+
+def stage_flop(
+    linears: Sequence[LinearSpec], tries: Sequence[int], tokens: Tokens, todo: Todo
+) -> dict[str, float]:
+    """Operations by stage, in their order.
+
+    Args:
+        tries: options measured of each linear, over all formats.
+    """
+    forward = 2 * sum(spec.numel for spec in linears)  # a token
+    inputs = {(spec.key.rpartition(".")[0], spec.in_features) for spec in linears}
+    hessians = sum(2 * size**2 for _, size in inputs)
+    factors = sum(size**3 for _, size in inputs)
+    trials = sum(
+        n * min(spec.out_features, SAMPLED_ROWS) * 1.5 * spec.in_features**2
+        for spec, n in zip(linears, tries, strict=True)
+    )
+    sweeps = sum(spec.out_features * spec.in_features**2 for spec in linears)
+    beside = 2 if todo.feedback else 1
+    quantizing = tokens.quantize * beside * (forward + hessians) + beside * sweeps + factors
+    stages: dict[str, float] = {}
+    if todo.gradients:
+        stages[GRADIENTS] = 4 * forward * min(GRADIENT_TOKENS, tokens.measure)
+    if todo.measures:
+        stages[MEASURING] = tokens.measure * (forward + hessians) + trials + factors
+    stages |= {f"quantizing {name}": quantizing for name in todo.outputs}
+    return stages | {f"verifying {name}": tokens.heldout * 2 * forward for name in todo.outputs}
+
+
+def stage_seconds(flop: Mapping[str, float], rate: float) -> dict[str, float]:
+    """Seconds by stage at `rate` operations per second of plain matrix products."""
+    return {stage: SLOWDOWN * n / rate for stage, n in flop.items()}
+
+
+def measuring_seconds(stages_s: Mapping[str, float]) -> float:
+    """Of them those before anything is quantized."""
+    return stages_s.get(GRADIENTS, 0.0) + stages_s.get(MEASURING, 0.0)
+
+
+def memory_bytes(linears: Sequence[LinearSpec], hidden_size: int) -> int:
+    """Two blocks, the Hessians and factors of their inputs, the sweep's arrays, logits."""
+    blocks: Counter[str] = Counter()
+    for spec in linears:
+        blocks[spec.key.split(".")[2]] += spec.numel  # model.layers.7.…
+    widest = max(spec.in_features for spec in linears)
+    hessians = 2 * 4 * hidden_size**2 + 2 * widest**2
+    factor = 6 * widest**2  # float64 twice, float32 twice
+    return FLOAT_BYTES * (2 * max(blocks.values()) + hessians + factor) + SWEEP_BYTES * 2 + PROCESS_BYTES
+
+
+def disk_bytes(
+    linears: Sequence[LinearSpec], hidden_size: int, n_blocks: int, tokens: Tokens, sizes: Sequence[int]
+) -> int:
+    """Hidden states of the widest pass, what couples output rows, and the outputs, the largest twice.
+
+    Args:
+        sizes: bytes of each output.
+    """
+    widest = max(spec.in_features for spec in linears)
+    passes = 2 * tokens.quantize * (3 * hidden_size + widest)
+    states = max(passes, GRADIENT_TOKENS * (n_blocks + 2) * hidden_size)
+    coupled = sum(min(COUPLED_ROWS, spec.out_features) * spec.out_features for spec in linears) // 2
+    return FLOAT_BYTES * (states + coupled) + sum(sizes) + max(sizes, default=0)
+
+
+def gemm_rate() -> float:
+    """Floating point operations per second of numpy's float32 matrix product here and now."""
+    a = np.ones((PROBE, PROBE), dtype=np.float32)
+    a @ a  # warms up
+    begin, repeats = time.perf_counter(), 0
+    while time.perf_counter() - begin < PROBE_S:
+        a @ a
+        repeats += 1
+    return 2 * PROBE**3 * repeats / (time.perf_counter() - begin)
