@@ -43,7 +43,7 @@ class ConvertConfig:
     length: int | None = None
     measurement_rows: int | None = None
     measurement_length: int | None = None
-    effort: str = NORMAL  # of EFFORTS: the tokens that rows left None come to
+    effort: str = NORMAL  # of EFFORTS: the tokens that rows left None come to, and refinements
     measurement: Path | None = None
     output_measurement: Path | None = None
     compile_full: Path | None = None
@@ -115,6 +115,11 @@ class ConvertConfig:
     def couples_rows(self) -> bool:
         """Whether rounding errors are handed on between output rows."""
         return self.gptq and self.methods.row_feedback and self.objective == "kl"
+
+    @property
+    def descends(self) -> bool:
+        """Whether levels and scales are improved after the sweep."""
+        return self.methods.descent and EFFORTS[self.effort].descent
 
     @property
     def corrects(self) -> bool:

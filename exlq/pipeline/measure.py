@@ -97,7 +97,7 @@ class _Evidence:
         act_order = all(codec.sorts_channels(linear.spec) for linear in self._linears)
         if act_order not in self._made:
             factor = hessian.factor(self._calibration, act_order=act_order)
-            factor = factor if self._plan.config.methods.descent else factor._replace(hessian=None)
+            factor = factor if self._plan.config.descends else factor._replace(hessian=None)
             heldout = self._heldout[factor.perm][:, factor.perm]
             self._made[act_order] = trial.Evidence(factor, heldout, self._plan.config.gptq)
         return self._made[act_order]

@@ -193,7 +193,7 @@ def factored(config: ConvertConfig, total: HessianSum, what: str, act_order: boo
     """The factor that is rounded by; `what` names the input in an error."""
     try:
         factor = hessian.factor(total.mean(), act_order=act_order)
-        factor = factor if config.methods.descent else factor._replace(hessian=None)
+        factor = factor if config.descends else factor._replace(hessian=None)
         return factor if config.gptq else factor.without_feedback()
     except HessianError as exc:
         raise HessianError(f"{what}: {exc}") from exc

@@ -109,7 +109,9 @@ def cost(
 ) -> Cost:
     """What a conversion takes that measures the options of all formats and makes the largest that fit."""
     length = min(ROW_LENGTH, shape.max_length)
-    rows, measured = (rows_of(tokens, length) for tokens in EFFORTS[effort])
+    wanted = EFFORTS[effort]
+    rows = rows_of(wanted.quantize_tokens, length)
+    measured = rows_of(wanted.measure_tokens, length)
     tokens = work.Tokens(rows * length, math.ceil(rows / HELDOUT_EVERY) * length, measured * length)
     tries = [sum(STORED[name].tried(spec) for name in formats) for spec in shape.linears]
     flop = work.stage_flop(shape.linears, tries, tokens, work.Todo(tuple(formats)))

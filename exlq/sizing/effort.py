@@ -1,4 +1,4 @@
-"""How much text a conversion works on."""
+"""How much a conversion works."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ NORMAL, DEFAULT_QUANTIZE_TOKENS, DEFAULT_MEASURE_TOKENS = "normal", 100 * 2048, 
 
 
 class Effort(NamedTuple):
-    """Tokens to quantize and to measure on, where rows and lengths are not given."""
+    """Tokens to quantize and to measure on, where rows are not given; whether a descent follows the sweep."""
 
     quantize_tokens: int
     measure_tokens: int
+    descent: bool = True
 
 
 EFFORTS = {
-    "quick": Effort(DEFAULT_QUANTIZE_TOKENS // 4, DEFAULT_MEASURE_TOKENS // 4),
+    "quick": Effort(DEFAULT_QUANTIZE_TOKENS // 4, DEFAULT_MEASURE_TOKENS // 4, descent=False),
     NORMAL: Effort(DEFAULT_QUANTIZE_TOKENS, DEFAULT_MEASURE_TOKENS),
     "best": Effort(DEFAULT_QUANTIZE_TOKENS * 5 // 2, DEFAULT_MEASURE_TOKENS * 5 // 2),
 }

@@ -10,7 +10,8 @@ import pytest
 
 from exlq.errors import ConfigError
 from exlq.names import HEAD_BITS
-from exlq.pipeline.config import ConvertConfig
+from exlq.pipeline.config import ConvertConfig, Methods
+from exlq.sizing.effort import EFFORTS
 
 
 def made(**changes: Any) -> ConvertConfig:
@@ -95,3 +96,9 @@ def test_its_json_holds_every_setting_and_paths_as_text() -> None:
     assert stored["formats"] is None
     assert stored["calibration"] == str(Path("a") / "b.parquet")
     assert stored.keys() == set(ConvertConfig.__dataclass_fields__)
+
+
+def test_a_quick_conversion_leaves_the_descent_out() -> None:
+    found = {name: ConvertConfig(Path("in"), Path("out"), bits=4.0, effort=name).descends for name in EFFORTS}
+    assert found == {"quick": False, "normal": True, "best": True}
+    assert not ConvertConfig(Path("in"), Path("out"), bits=4.0, methods=Methods(descent=False)).descends

@@ -22,7 +22,7 @@ def test_the_figures_are_those_of_the_modules_that_do_the_work() -> None:
 
 
 def test_normal_effort_is_what_it_always_was() -> None:
-    assert effort.EFFORTS["normal"] == (204_800, 32_768)
+    assert effort.EFFORTS["normal"] == (204_800, 32_768, True)
     assert effort.rows_of(204_800, 2048) == 100
     assert effort.rows_of(8192, 2048) == 8
 
