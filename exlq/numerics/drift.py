@@ -17,6 +17,8 @@ from torch import Tensor
 
 from exlq.numerics.hessian import Factor
 
+JUDGED_DTYPE = torch.bfloat16  # of what is kept of the tokens that judge; they give one number
+
 
 class DriftSum:
     """Sums over tokens for one linear input; `residual` is the stream's width, where that is followed."""
@@ -25,7 +27,7 @@ class DriftSum:
         self._inputs = torch.zeros(in_features, in_features, device=device)  # (x - x̃) x̃ᵀ
         self._stream = None if residual is None else torch.zeros(residual, in_features, device=device)
         self._n_tokens = 0
-        self._heldout: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._heldout: list[tuple[Tensor | None, ...]] = []
 
     def add(self, x: Tensor, quantized: Tensor, stream: Tensor | None, heldout: bool) -> None:
         """Adds tokens.
@@ -39,7 +41,8 @@ class DriftSum:
         missed = x.flatten(0, -2) - there
         flat = None if stream is None else stream.flatten(0, -2)
         if heldout:
-            self._heldout.append((missed, there, flat))
+            kept = (each if each is None else each.to(JUDGED_DTYPE) for each in (missed, there, flat))
+            self._heldout.append(tuple(kept))
             return
         self._n_tokens += len(there)
         self._inputs.addmm_(missed.T, there)
@@ -63,7 +66,10 @@ class DriftSum:
     def _coefficient(self, weight: Tensor, correction: Tensor) -> float:
         """How much of the correction is best on the held-out tokens, from 0 to 1."""
         agreement = energy = 0.0
-        for missed, there, stream in self._heldout:
+        for each in self._heldout:
+            missed, there, stream = (None if part is None else part.float() for part in each)
+            assert missed is not None
+            assert there is not None
             wanted = missed @ weight.T
             if self._stream is not None:
                 assert stream is not None

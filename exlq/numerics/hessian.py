@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
         raise HessianError("its diagonal is not finite: the activations are broken")
     ridge = damping * mean if mean > 0 else 1.0
     backwards = perm.flip(0)
-    lower, ridge = _cholesky(hessian[backwards][:, backwards].double(), ridge)
+    lower, ridge = _cholesky(lambda: hessian[backwards[:, None], backwards].double(), ridge)
     roots = lower.diagonal().clone()
     unit = lower.div_(roots).float()
     del lower  # half of the memory this function takes
@@ -117,12 +118,18 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
     return Factor(perm.to(device), unit.flip(0, 1).to(device), pivots.to(device), ridge, given)
 
 
-def _cholesky(hessian: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """The Cholesky factor of hessian + ridge·I, and the ridge that it took; `hessian` is modified."""
-    diagonal = hessian.diagonal().clone()
+def _cholesky(made: Callable[[], Tensor], ridge: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of hessian + ridge·I, and the ridge that it took.
+
+    Args:
+        made: gives the symmetric (n, n) hessian, anew at each call. Its memory becomes the factor's: read
+            column by column it is laid out as LAPACK has it, so that nothing is copied.
+    """
     for _ in range(RETRIES):
-        hessian.diagonal().copy_(diagonal + ridge)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        lower = made().mT
+        lower.diagonal().add_(ridge)
+        failed = torch.zeros((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             return lower, ridge
         ridge *= 10

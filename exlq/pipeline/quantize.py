@@ -136,6 +136,7 @@ def _stages(
 ) -> Iterator[Stored]:
     plan = rounding.plan
     for stage, linears in passes.linears_by_stage(plan.model, index).items():
+        memory.release()
         total, drift = _moments(rounding, stage, linears[0].spec.in_features, streams, quantized, base)
         act_order = all(rounding.codec.sorts_channels(linear.spec) for linear in linears)
         factor = factored(plan.config, total, f"block {index}, {stage}", act_order)

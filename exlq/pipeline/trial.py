@@ -17,7 +17,7 @@ from exlq.numerics.rounding import Rounded, sweep
 from exlq.numerics.threads import in_parallel
 from exlq.types import LinearSpec, Option
 
-SWEEP_BYTES = 256 << 20  # working arrays of one sweep
+SWEEP_BYTES = 192 << 20  # working arrays of one sweep
 FEWEST_ROWS = 2048  # fewer in one sweep and the multipliers of its groups rest on too little
 SAMPLED_ROWS = 1024  # output rows of a trial
 HELDOUT_ROWS = 256  # of those, on which the held-out error is taken

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from exlq.doctor.record import Diagnosis, Tokens
 from exlq.report.inspection import printable
+from exlq.report.pairs import pairs
 
 MOST_SHARES, LEAST_SHOWN = 8, 0.0005  # that are named; the rest is summed up
 WEIGHTS = {3: "results suffer", 2: "results may suffer", 1: "good to know"}
@@ -16,9 +17,9 @@ WEIGHTS = {3: "results suffer", 2: "results may suffer", 1: "good to know"}
 
 def diagnosis_view(found: Diagnosis) -> Group:
     """What the file holds, what a conversion would take from it, and advice."""
-    tables = [_pairs(f"{printable(found.file)}", _text(found))]
+    tables = [pairs(f"{printable(found.file)}", _text(found))]
     if found.tokens is not None:
-        tables.append(_pairs("For this model", _tokens(found.tokens)))
+        tables.append(pairs("For this model", _tokens(found.tokens)))
     tables.append(_advice(found))
     return Group(*tables)
 
@@ -66,8 +67,8 @@ def _tokens(tokens: Tokens) -> Iterator[tuple[str, str]]:
 
 def _advice(found: Diagnosis) -> Table:
     if not found.advice:
-        return _pairs("Advice", [("all well", "nothing to change")])
-    return _pairs("Advice", [(WEIGHTS[advice.weight], printable(advice.text)) for advice in found.advice])
+        return pairs("Advice", [("all well", "nothing to change")])
+    return pairs("Advice", [(WEIGHTS[advice.weight], printable(advice.text)) for advice in found.advice])
 
 
 def _shares(shares: Mapping[str, float]) -> str:
@@ -81,12 +82,3 @@ def _shares(shares: Mapping[str, float]) -> str:
 def _counts(counts: Mapping[str, int]) -> str:
     named = [f"{printable(name)} {count:,}" for name, count in list(counts.items())[:MOST_SHARES]]
     return ", ".join([*named, *(["…"] if len(counts) > MOST_SHARES else [])]) or "none"
-
-
-def _pairs(title: str, rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> Table:
-    built = Table(title=title, show_header=False, title_justify="left")
-    built.add_column(style="bold")
-    built.add_column(overflow="fold")
-    for name, value in rows:
-        built.add_row(name, value)
-    return built

@@ -12,7 +12,7 @@ from rich.table import Table
 from exlq.evaluation.divergence import Divergence
 from exlq.evaluation.run import Evaluation, Settings
 from exlq.names import LLAMA_CPP, TORCH
-from exlq.report.tables import table
+from exlq.report.pairs import pairs
 
 COLUMNS = ("bytes", "=", "perplexity", "KL divergence, mean", "median", "99 %", "same best token")
 
@@ -20,7 +20,7 @@ COLUMNS = ("bytes", "=", "perplexity", "KL divergence, mean", "median", "99 %", 
 def evaluation_table(evaluation: Evaluation, text: Path, settings: Settings) -> Table:
     """Figures of one model against its base, and the protocol they were taken by."""
     found = evaluation.found
-    return table(
+    return pairs(
         f"{evaluation.model} on {text.name}",
         [
             ("bytes", f"{evaluation.n_bytes:,}"),

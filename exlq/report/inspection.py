@@ -10,6 +10,7 @@ from rich.table import Table
 
 from exlq.inspect import Entry, Grid, Inspection
 from exlq.inspect.measured import SHOWN_BITS
+from exlq.report.pairs import pairs
 from exlq.sizes import format_bytes
 
 
@@ -32,26 +33,20 @@ def printable(text: object) -> str:
 
 
 def _parts(found: Inspection, grid: Grid | None, metadata: bool) -> Iterator[RenderableType]:
-    yield _pairs(f"{printable(found.path)} ({found.kind})", found.facts, found.notes)
+    yield _facts(f"{printable(found.path)} ({found.kind})", found.facts, found.notes)
     if found.totals:
         yield _totals(found)
     if metadata and found.metadata:
-        yield _pairs("Metadata", found.metadata, ())
+        yield _facts("Metadata", found.metadata, ())
     if grid is not None:
         yield _grid(grid)
     elif found.entries:
         yield _entries(found)
 
 
-def _pairs(title: str, facts: Mapping[str, Any], notes: tuple[str, ...]) -> Table:
-    built = Table(title=title, show_header=False, title_justify="left")
-    built.add_column(style="bold")
-    built.add_column(overflow="fold")
-    for name, value in facts.items():
-        built.add_row(printable(name), _fact(name, value))
-    for note in notes:
-        built.add_row("note", printable(note))
-    return built
+def _facts(title: str, facts: Mapping[str, Any], notes: tuple[str, ...]) -> Table:
+    rows = [(printable(name), _fact(name, value)) for name, value in facts.items()]
+    return pairs(title, [*rows, *(("note", printable(note)) for note in notes)])
 
 
 def _fact(name: str, value: Any) -> str:

@@ -12,17 +12,8 @@ from exlq.pipeline.estimate import Estimate
 from exlq.pipeline.output import Output
 from exlq.pipeline.plan import Plan
 from exlq.report.eta import duration
+from exlq.report.pairs import pairs
 from exlq.sizes import format_bytes
-
-
-def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """Two columns: what, and its value."""
-    built = Table(title=title, show_header=False, title_justify="left")
-    built.add_column(style="bold")
-    built.add_column(overflow="fold")
-    for name, value in rows:
-        built.add_row(name, value)
-    return built
 
 
 def plan_table(plan: Plan, outputs: Sequence[Output], notes: Sequence[str], estimate: Estimate) -> Table:
@@ -48,7 +39,7 @@ def plan_table(plan: Plan, outputs: Sequence[Output], notes: Sequence[str], esti
         ),
     ]
     remarks = dict.fromkeys((*notes, *measured.record.notes, *rows.record.notes))
-    return table("Plan", [*lines, *(("note", remark) for remark in remarks)])
+    return pairs("Plan", [*lines, *(("note", remark) for remark in remarks)])
 
 
 def _target(config: ConvertConfig) -> str:
@@ -79,7 +70,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     ]
     if summary["measurement"]:
         lines.append(("measurement", summary["measurement"]))
-    return table("Result", [*lines, *(("note", note) for note in summary["notes"])])
+    return pairs("Result", [*lines, *(("note", note) for note in summary["notes"])])
 
 
 def _output_lines(name: str, made: Mapping[str, Any], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
