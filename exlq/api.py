@@ -35,8 +35,11 @@ def convert(config: ConvertConfig, progress: Progress = silent) -> dict[str, Any
     """
     if config.output_measurement is not None:
         raise ConfigError("output_measurement is set: call measure() for a measurement alone")
-    if job.finished_summary(config) is None:
+    done = job.finished_summary(config)
+    if done is None:
         job.run(job.begin(config, progress, "exlq.convert"))
+    elif config.clean:
+        job.cleaned(config, done)
     return dict(json.loads((config.out_dir / job.SUMMARY).read_text(encoding="utf-8")))
 
 

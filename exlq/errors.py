@@ -14,6 +14,9 @@ ExlqError
 A message is one line: what was found, what was wanted, what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ExlqError(Exception):
     """Root of everything this package raises on purpose."""
@@ -53,3 +56,14 @@ class FormatError(ExlqError):
 
 class VerifyError(ExlqError):
     """What was written is not what was meant."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Makes a RuntimeError of a panic in a library written in Rust, which is no Exception in Python."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as exc:
+        raise RuntimeError(f"the library failed: {exc}") from exc

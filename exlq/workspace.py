@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exlq.files import reserve
+
 
 class Workspace:
     """Memory-mapped tensors under one directory, which exists and is the caller's to remove."""
@@ -15,13 +17,22 @@ class Workspace:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def path(self, name: str) -> Path:
+        """The file of a tensor."""
+        return self.directory / f"{name}.bin"
+
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor `name`, mapped from its file, which is made where it is missing.
 
-        What an earlier tensor of that name and size left in the file is there again.
+        What an earlier tensor of that name and size left in the file is there again. Its first byte is
+        that of a page, so that arithmetic on it does not depend on where it was mapped.
+
+        Raises:
+            OSError: where the disk has no room for it.
         """
         numel = torch.Size(shape).numel()
-        path = self.directory / f"{name}.bin"
+        path = self.path(name)
+        reserve(path, numel * dtype.itemsize)
         mapped = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
         return mapped.view(shape)
 
@@ -30,4 +41,4 @@ class Workspace:
         with contextlib.suppress(
             PermissionError
         ):  # Windows keeps a mapped file: left to the directory's owner
-            (self.directory / f"{name}.bin").unlink(missing_ok=True)
+            self.path(name).unlink(missing_ok=True)

@@ -30,11 +30,11 @@ from exlq.measurement import LinearRecord, Measurement, OptionRecord
 from exlq.pipeline import measured
 from exlq.pipeline.allocate import Choice, measured_loss, records
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.job import machine
 from exlq.pipeline.output import Output
 from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.plan import make_plan
 from exlq.pipeline.progress import silent
+from exlq.pipeline.state import machine
 from exlq.types import Option
 from exlq.workspace import Workspace
 from scripts.annealer import anneal

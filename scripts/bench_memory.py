@@ -23,10 +23,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from exlq.formats.exl2_codec import Exl2Codec
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
-from exlq.pipeline import job, measure, quantize, sensitivity
+from exlq.pipeline import measure, quantize, sensitivity
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import silent
+from exlq.pipeline.state import machine
 from exlq.workspace import Workspace
 
 CODEC = Exl2Codec()
@@ -76,7 +77,7 @@ def run(plan: Plan, blocks: int, workspace: Workspace) -> int:
     peaks.append(watched.memory.bytes)
     stop = StopAfter(blocks)
     with timed(f"measuring {blocks} blocks") as watched:
-        empty = Measurement(**plan.origin, extra={"made_with": job.machine()})
+        empty = Measurement(**plan.origin, extra={"made_with": machine()})
         run_until_enough(lambda: measure.measure(plan, fisher, empty, workspace, lambda _: None, stop))
     peaks.append(watched.memory.bytes)
     options = {spec.key: CODEC.options(spec)[13] for spec in plan.linears}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,7 @@ def test_a_tensor_listed_twice_is_named(tmp_path: Path) -> None:
     _sharded(tmp_path)
     text = '{"weight_map": {"a.weight": "model-1.safetensors", "a.weight": "model-2.safetensors"}}'
     (tmp_path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ModelError, match=r"lists a\.weight twice"):
+    with pytest.raises(ModelError, match=r"'a\.weight' is given twice"):
         open_checkpoint(tmp_path)
 
 
@@ -254,3 +256,73 @@ def test_the_tokenizer_hash_changes_with_its_files_alone(tmp_path: Path) -> None
             (tmp_path / name).write_text(text, encoding="utf-8")
             seen.append(tokenizer_hash(tmp_path))
     assert len(set(seen)) == 5
+
+
+class _Opens:
+    """Makes a file when it is unpickled by a reader that runs code."""
+
+    def __init__(self, run: Callable[..., Any], *arguments: Any) -> None:
+        self.made = run, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.made
+
+
+@pytest.mark.parametrize("place", ["value", "key", "alone", "inside a tensor"])
+@pytest.mark.parametrize("call", ["open", "system", "eval"])
+def test_a_pickle_that_would_make_a_file_makes_none(tmp_path: Path, call: str, place: str) -> None:
+    trap = tmp_path / "trap"
+    bomb = {
+        "open": _Opens(open, str(trap), "w"),
+        "system": _Opens(os.system, f"touch {trap}"),
+        "eval": _Opens(eval, f"open({str(trap)!r}, 'w')"),
+    }[call]
+    tensor = torch.zeros(2)
+    tensor.hidden = bomb  # type: ignore[attr-defined]
+    content: Any = {
+        "value": {"a": bomb},
+        "key": {bomb: tensor},
+        "alone": bomb,
+        "inside a tensor": {"a": tensor},
+    }
+    torch.save(content[place], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not trap.exists()
+
+
+ODD_MEMBERS: dict[str, Callable[[], Tensor]] = {
+    "stride of 0": lambda: torch.zeros(1, 4).expand(10**12, 4),
+    "no data": lambda: torch.zeros(2, device="meta"),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("name", ODD_MEMBERS)
+def test_a_tensor_without_all_its_data_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    torch.save({"a.weight": ODD_MEMBERS[name]()}, tmp_path / "model.pt")
+    with pytest.raises(ModelError, match=r"no plain tensor|not unpickled|not a whole"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_archive_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(TENSORS, path)
+    with zipfile.ZipFile(path) as whole:
+        members = [(info.filename, whole.read(info)) for info in whole.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members:
+            packed.writestr(name, content + bytes(1 << 20))
+    with pytest.raises(ModelError, match=r"'.*/data\.pkl' unpacks to 1,0"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("length", [26_000_000, 2**63, 2**64 - 1])
+def test_a_header_beyond_its_file_or_memory_is_refused(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", length))
+        file.truncate(30_000_000)
+    with pytest.raises(ModelError, match=f"a header of {length:,} bytes does not fit"):
+        open_checkpoint(tmp_path)

@@ -124,7 +124,10 @@ def test_what_the_system_refuses_is_one_line_too(
 
     monkeypatch.setattr("exlq.pipeline.measured.sensitivity.fisher", full)
     assert main(place.arguments()) == 1
-    assert capsys.readouterr().err == "error: states.bin: No space left on device\n"
+    assert capsys.readouterr().err == (
+        "error: states.bin: No space left on device; make room, then give the command again: "
+        "what is done is kept\n"
+    )
 
 
 def test_an_evaluation_as_json_holds_every_figure(

@@ -20,6 +20,7 @@ FLOORS = {
     "": 0,  # exlq/__init__.py, the version alone
     "errors": 0,
     "types": 0,
+    "faults": 0,
     "files": 0,
     "memory": 0,
     "names": 0,
@@ -47,6 +48,7 @@ FLOORS = {
 }
 # Neighbours on one floor, importer first: each pair has one direction.
 NEIGHBOURS = {
+    ("files", "faults"),
     ("measurement", "allocation"),  # a record gives the solver its items
     ("pipeline", "evaluation"),  # a job measures what it wrote
     ("pipeline", "recipes"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from exlq.calibration.source import Source, read_batches, reading
 from exlq.errors import CalibrationError
+from exlq.files import parse_json
 
 
 def read_chats(source: Source, tokenizer: PreTrainedTokenizerBase, batch_rows: int) -> Iterator[str | None]:
@@ -36,6 +36,7 @@ def _render(source: Source, tokenizer: PreTrainedTokenizerBase, cell: Any, row: 
     try:
         messages = _messages(cell)
         text: str = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
+        text.encode()  # JSON can spell halves of UTF-16 pairs, and tokenizers fail on them
     except Exception as exc:  # a template is a program of the model's maker: it may raise anything
         reason = " ".join(str(exc).split())
         raise CalibrationError(
@@ -46,6 +47,6 @@ def _render(source: Source, tokenizer: PreTrainedTokenizerBase, cell: Any, row: 
 
 def _messages(cell: Any) -> list[dict[str, Any]]:
     """A cell's messages, each a struct or its JSON, or the whole cell JSON; fields without value left out."""
-    listed = json.loads(cell) if isinstance(cell, str) else cell
-    items = [json.loads(item) if isinstance(item, str) else item for item in listed]
+    listed = parse_json(cell) if isinstance(cell, str) else cell
+    items = [parse_json(item) if isinstance(item, str) else item for item in listed]
     return [{name: value for name, value in item.items() if value is not None} for item in items]

@@ -58,6 +58,10 @@ class TokenRows:
     starts: Tensor
     record: CalibrationRecord
 
+    def row_name(self, row: int) -> str:
+        """What a person calls one of the rows, and where to find it."""
+        return f"calibration row {row} (from 0; token {int(self.starts[row])} of {self.record.file})"
+
 
 def token_rows(
     path: Path,

@@ -10,32 +10,41 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from exlq.calibration.bounds import bounds_of, require_footer, require_ratio
 from exlq.errors import CalibrationError
 
 ROWS_PER_BATCH = 64  # few, because one cell may hold a book
+BATCH_BYTES = 1 << 26  # of a batch unpacked, where cells are large
 READ_BUFFER_BYTES = 1 << 20  # else pyarrow takes a column's whole chunk of a row group into memory
 
 
 @dataclass(frozen=True)
 class Source:
-    """A column that can be read; `kind` is text, messages or input_ids, `rows` counts the file's rows."""
+    """A column that can be read; `kind` is text, messages or input_ids, `rows` counts the file's rows.
+
+    Of `at_most` rows together it is known that they fit into memory.
+    """
 
     path: Path
     column: str
     kind: str
     rows: int
+    at_most: int = ROWS_PER_BATCH
 
 
 def open_source(path: Path, text_column: str | None = None) -> Source:
     """The column to read: `text_column` if given, else the first present of `text`, `messages`, `input_ids`.
 
     Raises:
-        CalibrationError: if the file is missing, no parquet, or has no such column of a usable type.
+        CalibrationError: if the file is missing, no parquet, has no such column of a usable type, or
+            unpacks to more than fits into memory.
     """
     if not path.is_file():
         raise CalibrationError(f"{path}: no such file, a parquet file was wanted; check the path")
-    with reading(path), pq.ParquetFile(path) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
+    with reading(path):
+        require_footer(path)
+        with pq.ParquetFile(path) as file:
+            schema, metadata = file.schema_arrow, file.metadata
     kinds = {kind: kind for kind in KINDS} if text_column is None else {text_column: "text"}
     column = next((name for name in kinds if name in schema.names), None)
     if column is None:
@@ -48,7 +57,10 @@ def open_source(path: Path, text_column: str | None = None) -> Source:
     found = schema.types[schema.names.index(column)]
     if not usable(found):
         raise CalibrationError(f"{path}: column {column} is of type {found}, {accepted} was wanted")
-    return Source(path, column, kinds[column], rows)
+    with reading(path):
+        bounds = bounds_of(path, metadata, column)
+    at_most = BATCH_BYTES // max(1, bounds.largest_page)
+    return Source(path, column, kinds[column], metadata.num_rows, max(1, min(ROWS_PER_BATCH, at_most)))
 
 
 def read_texts(source: Source, batch_rows: int = ROWS_PER_BATCH) -> Iterator[str | None]:
@@ -62,12 +74,20 @@ def read_texts(source: Source, batch_rows: int = ROWS_PER_BATCH) -> Iterator[str
 def read_batches(source: Source, batch_rows: int = ROWS_PER_BATCH) -> Iterator[pa.Array]:
     """The source's column as arrow arrays of at most `batch_rows` cells, in file order.
 
+    Fewer where cells are so large that these would not fit into memory.
+
     Raises:
-        CalibrationError: if the file turns out to be damaged.
+        CalibrationError: if the file turns out to be damaged, or to hold far more than its size.
     """
+    batch_rows, unpacked = min(batch_rows, source.at_most), 0
     with reading(source.path), pq.ParquetFile(source.path, buffer_size=READ_BUFFER_BYTES) as file:
         for batch in file.iter_batches(batch_size=batch_rows, columns=[source.column]):
-            yield batch.column(0)
+            cells = batch.column(0)
+            if pa.types.is_dictionary(cells.type):
+                cells = cells.dictionary_decode()
+            unpacked += cells.nbytes
+            require_ratio(source.path, unpacked)
+            yield cells
 
 
 @contextmanager
@@ -75,7 +95,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turns what pyarrow raises about a damaged file, or one of another kind, into a CalibrationError."""
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as exc:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as exc:
         reason = " ".join(str(exc).split())
         raise CalibrationError(
             f"{path}: cannot be read as parquet ({reason}); a whole parquet file was wanted"

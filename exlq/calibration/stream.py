@@ -28,6 +28,7 @@ from exlq.errors import CalibrationError
 from exlq.files import sha256_file
 
 CHARS_PER_CALL = 1 << 20  # what is handed to the tokenizer at once
+MOST_CHARS = 1 << 21  # of a line, or a chat: they are never cut, and a tokenizer takes 200 times their size
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,20 @@ class Reader:
         for cell in cells:
             self.tally["null" if cell is None else "documents" if cell.strip() else "blank"] += 1
             if cell is not None:
+                self._require_short(cell)
                 yield cell
+
+    def _require_short(self, cell: str) -> None:
+        if len(cell) <= MOST_CHARS:
+            return
+        is_chat = self.source.kind == "messages"
+        longest = len(cell) if is_chat else max(map(len, cell.split("\n")))
+        if longest > MOST_CHARS:
+            raise CalibrationError(
+                f"{self.source.path}: row {self.tally.total() - 1} of {self.source.column} (from 0) has "
+                f"{longest:,} characters without {'an end' if is_chat else 'a newline'}, at most "
+                f"{MOST_CHARS:,} are read; cut it or leave it out"
+            )
 
 
 def _read_text(reader: Reader) -> Iterator[NDArray[np.int32]]:

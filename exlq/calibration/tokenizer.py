@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from exlq.errors import ModelError
+from exlq.errors import ModelError, panics_as_errors
+
+MOST_IDS = 1 << 24  # the library keeps a place for every id below the largest
 
 
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
@@ -24,10 +26,14 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
             f"{model_dir}: no such directory, a model with its tokenizer was wanted; check the path"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(model_dir), trust_remote_code=False, local_files_only=True
-        )
+        with panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(model_dir), trust_remote_code=False, local_files_only=True
+            )
+        _require_ids(model_dir, tokenizer)
         empty = not len(encode(tokenizer, ["a"], parse_special=False))
+    except ModelError:
+        raise
     except Exception as exc:  # transformers and the backends it picks raise nearly every kind
         reason = " ".join(str(exc).split())
         raise ModelError(
@@ -37,6 +43,15 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     if empty:  # transformers makes one without vocabulary where the files are missing
         raise ModelError(f"{model_dir}: the tokenizer has no vocabulary; tokenizer.json was wanted in it")
     return tokenizer
+
+
+def _require_ids(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= MOST_IDS:
+        raise ModelError(
+            f"{model_dir}: the tokenizer has a token of id {largest}, wanted ids below {MOST_IDS}; "
+            "download tokenizer.json again"
+        )
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -55,7 +70,7 @@ def encode(
     With `parse_special` the spelling of a special token becomes that token, otherwise it stays plain text.
     """
     rows = _ids(tokenizer, texts, add_special_tokens=False, split_special_tokens=not parse_special)
-    return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+    return _joined(tokenizer, rows)
 
 
 def encode_continued(
@@ -71,18 +86,35 @@ def encode_continued(
     rows = _ids(tokenizer, led, add_special_tokens=False, split_special_tokens=not parse_special)
     if any(row[: len(lead)] != lead for row in rows):  # the newline ran into the text
         return encode(tokenizer, texts, parse_special)
-    return np.fromiter(chain.from_iterable(row[len(lead) :] for row in rows), dtype=np.int32)
+    return _joined(tokenizer, [row[len(lead) :] for row in rows])
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **special: bool) -> list[list[int]]:
-    encoded = tokenizer(
-        list(texts),
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **special,
-    )
+    try:
+        with panics_as_errors():
+            encoded = tokenizer(
+                list(texts),
+                padding=False,
+                truncation=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+                **special,
+            )
+    except Exception as exc:  # what a broken tokenizer.json does comes out only here
+        reason = " ".join(str(exc).split())
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer fails on text ({type(exc).__name__}: {reason}); "
+            "download its files again"
+        ) from exc
     rows: list[list[int]] = encoded["input_ids"]
     return rows
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    try:
+        return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+    except OverflowError as exc:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer gives ids beyond 2**31; download its files again"
+        ) from exc

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 from exlq.errors import ModelError
+from exlq.files import read_json
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth")
+MOST_HEADER_BYTES = 16_000_000  # of a safetensors file; those of the largest models have a tenth
 _INDEX = ".index.json"
 _TRAINING_STATE = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
@@ -43,6 +43,25 @@ def find_weight_files(directory: Path) -> WeightFiles:
     return _from_listing(directory)
 
 
+def header_bytes(path: Path) -> int:
+    """Length of a safetensors file's header, which is JSON and begins at byte 8.
+
+    Raises ModelError where it does not fit into the file, or into memory when it is parsed.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as exc:
+        raise ModelError(f"{path} cannot be read: {exc.strerror}") from exc
+    if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+        raise ModelError(
+            f"{path} is not a whole safetensors file: a header of {length:,} bytes does not fit into its "
+            f"{size:,}, or is above {MOST_HEADER_BYTES:,}; download it again"
+        )
+    return length
+
+
 def _from_listing(directory: Path) -> WeightFiles:
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     indexes = [name for name in names if name.endswith(tuple(s + _INDEX for s in (SAFETENSORS, *PICKLES)))]
@@ -70,30 +89,16 @@ def _from_index(directory: Path, index: str) -> WeightFiles:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
-        raise ModelError(f"{path} is not JSON ({exc}); download it again") from exc
-    except _DuplicateError as exc:
-        raise ModelError(f"{path} lists {exc} twice; wanted each tensor once") from exc
+        content = read_json(path)
+    except ValueError as exc:
+        reason = " ".join(str(exc).split())
+        raise ModelError(f"{path} is not JSON ({reason}); download it again") from exc
     promised = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(promised, dict) or not all(isinstance(name, str) for name in promised.values()):
         raise ModelError(f"{path} has no weight_map of tensor names to file names")
     if not promised:
         raise ModelError(f"{path} has an empty weight_map; wanted the names of the weights")
     return promised
-
-
-class _DuplicateError(Exception):
-    pass
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise _DuplicateError(key)
-        content[key] = value
-    return content
 
 
 def _require_inside(path: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from exlq.checkpoint.files import SAFETENSORS
-from exlq.errors import ModelError
+from exlq.checkpoint.files import SAFETENSORS, header_bytes
+from exlq.errors import ModelError, panics_as_errors
 
+MOST_PICKLE_BYTES = 1 << 23  # a tensor takes some 200; memory and time grow with them
 _DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -36,9 +38,11 @@ class _Safetensors:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        header_bytes(path)
         try:
-            opened: Any = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as exc:
+            with panics_as_errors():
+                opened: Any = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError) as exc:
             raise ModelError(f"{path} is not a whole safetensors file ({exc}); download it again") from exc
         self._file = opened
         self._keys = frozenset(opened.keys())
@@ -90,13 +94,14 @@ class _StateDict:
 
 
 def _load_state_dict(path: Path) -> Mapping[str, Tensor]:
+    _require_plain_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as exc:
         raise ModelError(
             f"{path} holds more than tensors and is not unpickled; save it as safetensors"
         ) from exc
-    except (RuntimeError, EOFError, OSError, ValueError) as exc:
+    except Exception as exc:  # of a broken pickle torch raises nearly every kind
         reason = str(exc).partition("\n")[0]
         raise ModelError(
             f"{path} is not a whole torch state dict ({reason}); save it as safetensors"
@@ -104,9 +109,35 @@ def _load_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}; wanted a state dict of named tensors")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ModelError(f"{path} holds a {type(value).__name__} under {key!r}; wanted a named tensor")
+        if not isinstance(key, str) or type(value) not in (Tensor, torch.nn.Parameter):
+            kind = type(value).__name__
+            raise ModelError(f"{path} holds a {kind} under {str(key)[:80]!r}; wanted a named tensor")
+        if not _is_plain(value):
+            raise ModelError(f"{path}: {key} is no plain tensor with all its data; save it as safetensors")
     return content
+
+
+def _require_plain_archive(path: Path) -> None:
+    """Refuses what torch.save never writes: an archive that unpacks to more than it is, or a huge pickle."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as exc:
+        raise ModelError(f"{path} is not a whole torch state dict ({exc}); save it as safetensors") from exc
+    for member in members:
+        limit = MOST_PICKLE_BYTES if member.filename.endswith(".pkl") else path.stat().st_size
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > limit:
+            raise ModelError(
+                f"{path} is not a whole torch state dict: {member.filename!r} unpacks to "
+                f"{member.file_size:,} bytes; save it as safetensors"
+            )
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether every weight has a place of its own in the file: none is made of a stride of 0."""
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
 def _unusable(key: str, path: Path, dtype: str) -> ModelError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 from exlq.cli.commands import COMMANDS
@@ -49,7 +50,11 @@ def _exit_code(parsed: argparse.Namespace, screen: Screen) -> int:
         screen.fail(str(exc), code)
         return code
     except OSError as exc:
-        screen.fail(f"{exc.filename or 'a file'}: {exc.strerror or exc}", 1)
+        advice = ADVICE.get(exc.errno or 0, "")
+        screen.fail(f"{exc.filename or 'a file'}: {exc.strerror or exc}{advice}", 1)
+        return 1
+    except MemoryError:
+        screen.fail("there is not enough memory; close other programs, then give the command again", 1)
         return 1
     except KeyboardInterrupt:
         screen.fail(f"interrupted; {COMMANDS[parsed.command].interrupted}", INTERRUPTED)
@@ -58,6 +63,18 @@ def _exit_code(parsed: argparse.Namespace, screen: Screen) -> int:
         screen.fail(f"a fault of exlq: {type(exc).__name__}: {exc}; --debug shows where, please report it", 1)
         return 1
     return 0
+
+
+_FULL = "; make room, then give the command again: what is done is kept"
+_CLOSED = "; choose a place that can be written to"
+ADVICE: Mapping[int, str] = {  # what to do where the system refuses
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "; lift the limit of a file's size (ulimit -f) or choose another disk",
+    errno.EROFS: _CLOSED,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+}
 
 
 def _quiet_libraries() -> None:

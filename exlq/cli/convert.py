@@ -31,12 +31,15 @@ def run(parsed: argparse.Namespace, screen: Screen) -> None:
         return
     done = job.finished_summary(config)
     if done is not None:
+        if config.clean:
+            done = job.cleaned(config, done)
         screen.tell("This conversion is finished; -nr does it again.")
         screen.show(tables.summary_table(done), done)
         return
     started = job.begin(config, screen, shlex.join(sys.argv))
     expected = estimate(started.plan, started.outputs)
-    screen.tell(tables.plan_table(started.plan, started.outputs, started.notes, expected))
+    notes = (*started.notes, *started.changes)
+    screen.tell(tables.plan_table(started.plan, started.outputs, notes, expected))
     screen.expect(expected.stages_s)
     summary = job.run(started)
     if summary is None:
@@ -81,6 +84,8 @@ def _config(parsed: argparse.Namespace, screen: Screen) -> ConvertConfig:
         output_measurement=parsed.output_measurement,
         compile_full=parsed.compile_full,
         no_resume=parsed.no_resume,
+        clean=parsed.clean,
+        allow_other_machine=parsed.allow_other_machine,
         force_measurement=parsed.force_measurement,
         formats=_names(parsed.format),
         measure=_names(parsed.measure),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import threading
 
 from exlq.cli.generation import machine_of
@@ -32,5 +34,7 @@ def run(parsed: argparse.Namespace, screen: Screen) -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        del opened  # the server ends with the last reference to it
         screen.tell("stopped")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # xllamacpp's own end now and then waits for ever; nothing of the server is to be kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from exlq.calibration import Source, open_source, read_texts
 from exlq.calibration.source import read_batches, reading
 from exlq.errors import CalibrationError
+from exlq.files import parse_json
 
 SAMPLE_BYTES = 32 << 20  # of a column, decompressed; more are not looked at
 
@@ -100,10 +100,10 @@ def _said(source: Source, row: int, cell: Any) -> str | None:
     if cell is None:
         return None
     try:
-        listed = json.loads(cell) if isinstance(cell, str) else cell
-        items = [json.loads(item) if isinstance(item, str) else item for item in listed]
+        listed = parse_json(cell) if isinstance(cell, str) else cell
+        items = [parse_json(item) if isinstance(item, str) else item for item in listed]
         contents = [item.get("content") for item in items]
-    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
+    except (ValueError, TypeError, AttributeError) as exc:
         raise CalibrationError(
             f"{source.path}: row {row} of {source.column} (from 0) is no list of messages"
         ) from exc

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from exlq.errors import FormatError
+from exlq.errors import FormatError, ModelError
 from exlq.formats import exl2
 from exlq.formats.codec import Role
 from exlq.formats.exl2_descent import descended
@@ -16,6 +16,8 @@ from exlq.formats.exl2_options import HEAD_OPTIONS, OPTIONS, groups_of
 from exlq.numerics.hessian import Factor
 from exlq.numerics.rounding import Rounded
 from exlq.types import LinearSpec, Option
+
+LARGEST = 32752.0  # half of what float16 holds: the outermost levels reach beyond the weights
 
 
 class Exl2Codec:
@@ -58,6 +60,12 @@ class Exl2Codec:
         weight: Tensor,
         leader: Exl2Grid | None,
     ) -> Exl2Grid:
+        largest = max(map(abs, map(float, torch.aminmax(weight))))
+        if not largest <= LARGEST:
+            raise ModelError(
+                f"{spec.key} has weights up to {largest:.6g}, EXL2 computes in float16 and has room up to "
+                f"{LARGEST:.0f}: make GGUF (--format gguf)"
+            )
         layouts = [groups_of(option.qparams, spec.in_features) for option in options]
         return Exl2Grid(layouts, factor.pivots, weight.shape[1], leader)
 

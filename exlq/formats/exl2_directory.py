@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from exlq.checkpoint.files import header_bytes
 from exlq.errors import FormatError, ModelError
+from exlq.files import read_json
 from exlq.formats import exl2
 from exlq.formats.shards import DTYPES, ShardWriter
 
@@ -24,18 +26,7 @@ _MEMBERS: Final = {
     "q_invperm": (torch.int32, 1),
 }
 _DERIVED = ("q_perm", "q_group_map")  # in files of others; the loader makes its own
-_WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".npz",
-    ".onnx",
-)
+_WEIGHT_SUFFIXES = tuple(".safetensors .bin .pt .pth .ckpt .gguf .h5 .msgpack .npz .onnx".split())
 _LARGEST_COPIED_BYTES = 1 << 28
 _DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -195,6 +186,7 @@ def _open_files(directory: Path) -> dict[str, Any]:
     """The open file of every stored tensor."""
     files: dict[str, Any] = {}
     for path in sorted(directory.glob("*.safetensors")):
+        header_bytes(path)
         try:
             file: Any = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as exc:
@@ -211,7 +203,7 @@ def _open_files(directory: Path) -> dict[str, Any]:
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(read_json(path))
     except (OSError, ValueError, TypeError) as exc:
         raise ModelError(f"{path} is no JSON object ({exc}); wanted an EXL2 model directory") from exc
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from exlq import faults
 from exlq.errors import FormatError
+from exlq.files import naming
 
 DTYPES: Final = {
     torch.int32: "I32",
@@ -79,7 +82,9 @@ class ShardWriter:
         if entry.itemsize not in self._data:
             self._data[entry.itemsize] = self._part(entry.itemsize).open("wb")
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._data[entry.itemsize].write(raw.numpy().data)
+        with naming(self._part(entry.itemsize)):
+            self._data[entry.itemsize].write(raw.numpy().data)
+        faults.point("shard data")
         self._names.add(name)
         self._entries.append(entry)
         self._used_bytes += entry.most_bytes
@@ -104,10 +109,11 @@ class ShardWriter:
     def abandon(self) -> None:
         """Closes and removes what was written so far."""
         for width, file in self._data.items():
-            file.close()
-            self._part(width).unlink()
+            with suppress(OSError):  # of what could not be written before, and need not be now
+                file.close()
+            self._part(width).unlink(missing_ok=True)
         for shard in self._shards:
-            shard.unlink()
+            shard.unlink(missing_ok=True)
         self._data, self._shards, self._entries = {}, [], []
 
     def _entry(self, name: str, tensor: Tensor) -> _Entry:
@@ -130,15 +136,16 @@ class ShardWriter:
         if not self._entries:
             return
         shard = self._directory / f"{self._stem}-{len(self._shards) + 1:05d}.part"
-        with shard.open("wb") as out:
+        self._shards.append(shard)
+        with naming(shard), shard.open("wb") as out:
             out.write(self._header())
+            faults.point("shard header")
             for width in _WIDTHS:
                 if width in self._data:
                     self._data[width].close()
                     with self._part(width).open("rb") as data:
                         shutil.copyfileobj(data, out, _COPY_BYTES)
                     self._part(width).unlink()
-        self._shards.append(shard)
         self._entries, self._data, self._used_bytes = [], {}, _FIXED_BYTES
 
     def _header(self) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ def inspect_gguf(path: Path) -> Inspection:
     entries = [entry for shard in shards for entry in shard.entries]
     names = [entry.name for entry in entries]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(names).most_common(1)
         raise ModelError(f"{path} holds {twice} twice, or two shards do; copy it again")
     declared = first.metadata.get("split.tensors.count", len(names))
     if declared != len(names):

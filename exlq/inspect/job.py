@@ -36,13 +36,14 @@ def inspect_job(directory: Path) -> Inspection:
     try:
         summary = read_json(directory / SUMMARY)
         facts = dict(_facts(summary))
-        notes = tuple(map(str, summary["notes"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        notes = list(map(str, summary["notes"]))
+        notes += [f"see exlq inspect {_model_path(made)}" for made in summary["outputs"].values()]
+        settings = dict(summary["settings"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
         raise InputError(
-            f"{directory / SUMMARY} is broken ({' '.join(str(exc).split())}); make it again with convert -nr"
+            f"{directory / SUMMARY} is broken ({' '.join(repr(exc).split())}); make it again with convert -nr"
         ) from exc
-    looks = tuple(f"see exlq inspect {_model_path(made)}" for made in summary["outputs"].values())
-    return Inspection(str(directory), "job", facts, notes=(*notes, *looks), metadata=summary["settings"])
+    return Inspection(str(directory), "job", facts, notes=tuple(notes), metadata=settings)
 
 
 def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -58,7 +59,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{name}: predicted", round(made["predicted_kl"], 6)
         yield f"{name}: perplexity", round(found["perplexity"], 4)
         yield f"{name}: same best token", round(found["top1_agreement"], 4)
-    yield "base: perplexity", round(found["perplexity_base"], 4)
+    first = list(summary["outputs"].values())[0]["evaluation"]  # noqa: RUF015  (of none a LookupError)
+    yield "base: perplexity", round(first["perplexity_base"], 4)
     rows = f"{calibration['rows']} rows of {calibration['row_length']} tokens of {calibration['file']}"
     yield "calibration", rows
     yield "seconds", {stage: round(float(seconds), 1) for stage, seconds in summary["seconds"].items()}

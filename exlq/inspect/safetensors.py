@@ -6,16 +6,16 @@ as JSON, then the data without holes. Nothing is believed that does not fit into
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from exlq.checkpoint.files import header_bytes
 from exlq.errors import ModelError
+from exlq.files import parse_json
 
-MOST_HEADER_BYTES = 100_000_000  # as the format's own reader has it
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -61,15 +61,10 @@ def read_headers(paths: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _read_header(path: Path) -> dict[str, Stored]:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-                raise _broken(path, f"a header of {length} bytes does not fit into its {size}")
-            tree = _parsed(path, file.read(length))
-    except OSError as exc:
-        raise ModelError(f"{path} cannot be read: {exc.strerror}") from exc
+    length, size = header_bytes(path), path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(8)
+        tree = _parsed(path, file.read(length))
     tree.pop("__metadata__", None)
     found = {name: _stored(path, name, entry, 8 + length) for name, entry in tree.items()}
     end = 8 + length
@@ -84,8 +79,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
 
 def _parsed(path: Path, header: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(header.decode(), parse_constant=_refuse, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as exc:
+        tree = parse_json(header)
+    except ValueError as exc:
         reason = " ".join(str(exc).split())
         raise _broken(path, f"its header is not JSON ({reason})") from exc
     if not isinstance(tree, dict):
@@ -112,17 +107,6 @@ def _counts(value: object) -> list[int] | None:
     """The value if it is a list of whole numbers from 0."""
     good = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
     return value if good and isinstance(value, list) else None
-
-
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("a name is given twice in one object")
-    return entries
 
 
 def _broken(path: Path, what: str) -> ModelError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +45,10 @@ class OptionRecord:
             raise MeasurementError(
                 f"{here} qparams is {shown(self.qparams)}, not an object with either bits or type"
             )
+        if "type" in self.qparams:
+            _check_text(f"{here} type", self.qparams["type"])
+        elif not isinstance(self.qparams["bits"], list | tuple):
+            raise MeasurementError(f"{here} bits is {shown(self.qparams['bits'])}, not a list")
 
     @property
     def format(self) -> str:
@@ -153,7 +158,7 @@ def _check_number(name: str, value: object) -> None:
 
 def _check_distinct(what: str, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(names).most_common(1)
         raise MeasurementError(f"{what} {twice!r} is recorded twice; keep one")
 
 

@@ -15,6 +15,7 @@ from exlq.models.block import Block
 from exlq.models.calls import Call, record_calls
 from exlq.models.canonical import CanonicalWeights
 from exlq.models.family import Family
+from exlq.models.finite import FiniteWeights
 from exlq.models.head import Head
 from exlq.models.layout import EMBEDDING_KEY, HEAD_KEY, NORM_KEY, Layout, Linear, block_key
 from exlq.types import LinearSpec, Weights
@@ -40,7 +41,7 @@ class Model:
         self.device = device
         self._given = weights
         self._canonical = CanonicalWeights(weights, layout)
-        self.weights: Weights = self._canonical
+        self.weights: Weights = FiniteWeights(self._canonical)
         self._skeleton = skeleton
         self._layout = layout
         self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}

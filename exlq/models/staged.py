@@ -60,6 +60,11 @@ class StagedPass:
             yield rows, x
         self._done.append(stage)
 
+    def skip(self, stage: str, states: Tensor) -> None:
+        """Goes past a stage whose inputs nobody wants: what later stages need of it is kept all the same."""
+        for _ in self.inputs(stage, states):
+            pass
+
     def closes(self, stage: str) -> bool:
         """Whether a stage's linear makes the output of its container."""
         return any(each.input_key == stage for each in self._closing.values())
@@ -102,7 +107,8 @@ class StagedPass:
         linear = self._block.module.get_submodule(closing.module)
         if closing.input_key != self._done[-1]:
             return self._kept[name][rows].to(linear.weight)
-        out: Tensor = linear(self._kept[closing.input_key][rows].to(linear.weight))
+        x = self._kept[closing.input_key][rows].to(linear.weight, copy=True)  # into aligned memory
+        out: Tensor = linear(x)
         if len(self._done) < len(self._block.stages):
             self._store(name, rows, out, n_rows)
         return out

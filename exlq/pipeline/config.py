@@ -48,6 +48,8 @@ class ConvertConfig:
     output_measurement: Path | None = None
     compile_full: Path | None = None
     no_resume: bool = False
+    clean: bool = False  # quantized tensors and gradients are not kept for another run
+    allow_other_machine: bool = False  # a job may go on with other threads, or another device
     force_measurement: bool = False
     formats: tuple[str, ...] | None = None  # None: all that can be made
     measure: tuple[str, ...] | None = None  # formats whose options are measured; None: all

@@ -2,36 +2,104 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from exlq import faults
 from exlq.errors import ConfigError
 from exlq.files import atomic_write_json
 
 MARK = "job.json"
-_FORMAT = "exlq-job"
+FORMAT = "exlq-job"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+_PART = re.compile(r"\..+\.(\d+\.part|removed)")  # what a killed process leaves of a file or a directory
 
 
 def prepare_work(out_dir: Path, no_resume: bool) -> Path:
     """The directory for working files, made where it is missing.
 
+    With `no_resume` an earlier one that holds anything is left beside it, as `work.old-N`.
+
     Raises:
         ConfigError: if something else stands in its place, or cannot be written to.
     """
     work = out_dir / "work"
-    if work.exists() and not _is_ours(work) and (not work.is_dir() or any(work.iterdir())):
-        raise ConfigError(f"{work} is not a work directory of exlq: move it away or choose another -o")
-    try:
-        if no_resume and work.exists():
-            shutil.rmtree(work)
+    with writable(out_dir):
+        if work.exists() and not _is_ours(work) and (not work.is_dir() or _holds(work)):
+            raise ConfigError(f"{work} is not a work directory of exlq: move it away or choose another -o")
+        if no_resume and work.exists() and _holds(work):
+            work.rename(next(p for p in _old_places(out_dir) if not p.exists()))
         work.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(work / MARK, {"format": _FORMAT, "version": 1})
+        if not _is_ours(work):
+            atomic_write_json(work / MARK, {"format": FORMAT, "version": 0})
+    return work
+
+
+@contextmanager
+def writable(out_dir: Path) -> Iterator[None]:
+    """Makes a ConfigError of an error of the system."""
+    try:
+        yield
     except OSError as exc:
         raise ConfigError(f"{out_dir} cannot be written to ({exc.strerror}): choose another -o") from exc
-    return work
+
+
+def _old_places(out_dir: Path) -> Iterator[Path]:
+    return (out_dir / f"work.old-{number}" for number in itertools.count(1))
+
+
+def _holds(work: Path) -> bool:
+    """Whether there is anything but the mark, or what is left of writing it."""
+    return any(path.name != MARK and not _PART.fullmatch(path.name) for path in work.iterdir())
+
+
+def holds_work(work: Path) -> bool:
+    """Whether an earlier run has left anything that could be gone on with."""
+    return _is_ours(work) and _holds(work)
+
+
+def sweep_parts(work: Path, *files: Path) -> None:
+    """Removes what a killed process has left of files of the work directory, and of the `files` given."""
+    parts = [path for path in work.rglob(".*") if _PART.fullmatch(path.name)]
+    for file in files:
+        pattern = re.compile(re.escape(f".{file.name}.") + r"\d+\.part")
+        parts += [path for path in file.parent.glob(".*.part") if pattern.fullmatch(path.name)]
+    for path in parts:
+        _remove(path)
+
+
+def tidy(work: Path, names: Iterable[str]) -> None:
+    """Removes working files that have served, by name; the directory itself tells that it is ours."""
+    for name in names:
+        for path in sorted(work.glob(name)):
+            discard(path)
+
+
+def discard(path: Path) -> None:
+    """Removes a file, or a directory at once: a part of it is never taken for the whole."""
+    doomed = path.with_name(f".{path.name}.removed")
+    _remove(doomed)
+    if path.exists():
+        path.rename(doomed)
+        faults.point("discarding")
+        _remove(doomed)
+
+
+def old_work(out_dir: Path) -> list[Path]:
+    """What `no_resume` has left beside the work directory."""
+    return [path for path in sorted(out_dir.glob("work.old-*")) if _is_ours(path)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def require_replaceable(target: Path) -> None:
@@ -56,19 +124,19 @@ def require_parent(file: Path, out_dir: Path) -> None:
         raise ConfigError(f"-om {file}: there is no directory {file.parent}; make it or choose another")
 
 
-def put_in_place(finished: Path, target: Path, work: Path) -> None:
+def put_in_place(finished: Path, target: Path) -> None:
     """Moves a finished directory to `target`; one of ours that stands there goes only then."""
     require_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     finished = _beside(finished, target)
-    replaced = work / "replaced"
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    replaced = target.with_name(f".{target.name}.exlq-old")
     if target.exists():
-        shutil.move(target, replaced)
+        _remove(replaced)
+        target.rename(replaced)
+    faults.point("place empty")
     finished.replace(target)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    faults.point("place taken")
+    _remove(replaced)
 
 
 def require_directory(target: Path) -> None:
@@ -89,13 +157,24 @@ def put_files_in_place(finished: Path, target: Path) -> list[Path]:
     require_directory(target)
     target.mkdir(parents=True, exist_ok=True)
     beside = _beside(finished, target / "files")
-    moved = [path.replace(target / path.name) for path in sorted(beside.iterdir())]
+    first, *others = sorted(beside.iterdir(), key=_by_shard)
+    if _SHARD.search(first.stem):
+        (target / first.name).unlink(missing_ok=True)  # nobody opens others' shards behind it
+    moved = []
+    for path in (*reversed(others), first):
+        faults.point("place file")
+        moved.append(path.replace(target / path.name))
     stems = {_SHARD.sub("", path.stem) for path in moved if path.suffix == ".gguf"}
     for path in target.glob("*.gguf"):
         if path not in moved and _SHARD.sub("", path.stem) in stems:
             path.unlink()
     shutil.rmtree(beside)
-    return moved
+    return sorted(moved)
+
+
+def _by_shard(path: Path) -> tuple[bool, str]:
+    """The first shard before all, by which readers open the file."""
+    return path.suffix != ".gguf", path.name
 
 
 def _beside(finished: Path, target: Path) -> Path:
@@ -106,13 +185,14 @@ def _beside(finished: Path, target: Path) -> Path:
     if part.exists():
         shutil.rmtree(part)
     shutil.copytree(finished, part)
+    faults.point("copied beside")
     shutil.rmtree(finished)
     return part
 
 
 def _is_ours(work: Path) -> bool:
     try:
-        return bool(json.loads((work / MARK).read_text(encoding="utf-8"))["format"] == _FORMAT)
+        return bool(json.loads((work / MARK).read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

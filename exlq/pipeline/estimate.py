@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from exlq.errors import ConfigError
 from exlq.pipeline.output import Output
 from exlq.pipeline.plan import Plan
-from exlq.sizes import format_bytes
 from exlq.sizing import work
 
 PROBE = 1024  # side of the matrices whose product is timed
@@ -88,21 +85,3 @@ def _tokens(plan: Plan) -> work.Tokens:
     rows = plan.rows
     heldout = int(rows.heldout.sum()) * rows.ids.shape[1]
     return work.Tokens(rows.ids.numel(), heldout, plan.measurement_rows.ids.numel())
-
-
-def require_disk(plan: Plan, outputs: Sequence[Output]) -> None:
-    """Refuses a conversion for which the disk of the job directory is too small.
-
-    Raises:
-        ConfigError: naming what is free and what is wanted.
-    """
-    wanted = disk_bytes(plan, outputs)
-    place = plan.config.out_dir.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < wanted:
-        raise ConfigError(
-            f"{place} has {format_bytes(free)} free, about {format_bytes(wanted)} is wanted: "
-            "make room, choose another -o or take fewer rows (-r)"
-        )

@@ -33,6 +33,8 @@ from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
 from exlq.pipeline.quantize import Rounding, quantized_linears
+from exlq.pipeline.remarks import Remarks
+from exlq.pipeline.tensor_cache import TENSORS, TensorCache
 from exlq.workspace import Workspace
 
 EXLLAMAV2_VERSION = "0.3.2"  # whose form of the directory is written
@@ -126,7 +128,14 @@ class Exl2Output:
             for name in model.plain_tensors():
                 writer.add_plain(name, model.weights.read(name))
             found = sensitivities(plan, work, progress) if plan.config.couples_rows else None
-            rounding = Rounding(plan, self.codec, choice.options, found)
+            rounding = Rounding(
+                plan,
+                self.codec,
+                choice.options,
+                found,
+                TensorCache(work / TENSORS),
+                Remarks(work, self.name).note,
+            )
             for spec, tensors in quantized_linears(rounding, Workspace(work), progress):
                 writer.add_linear(spec.key, tensors, model.linear_bias(spec.key))
                 digests[spec.key] = verify.digest(tensors)
@@ -139,8 +148,8 @@ class Exl2Output:
     def opened(self, directory: Path) -> Model:
         return open_model(directory, Exl2Weights(directory), device=self._plan.model.device)
 
-    def put_in_place(self, directory: Path, work: Path) -> list[Path]:
-        places.put_in_place(directory, self.target, work)
+    def put_in_place(self, directory: Path) -> list[Path]:
+        places.put_in_place(directory, self.target)
         return [self.target]
 
     def figures(self, choice: Choice) -> dict[str, Any]:
@@ -208,8 +217,11 @@ class Exl2Output:
 
     def _require_float16(self) -> None:
         """Refuses tensors that EXL2 keeps in float16 and that do not fit into it."""
-        for name in self._plan.model.plain_tensors():
-            tensor = self._plan.model.weights.read(name)
+        model = self._plan.model
+        names = sorted(model.weights.keys())
+        biases = [name for name in names if name.endswith(".bias")]
+        for name in dict.fromkeys((*model.plain_tensors(), *biases)):
+            tensor = model.weights.read(name)
             if not tensor.half().isfinite().all():
                 raise ModelError(
                     f"{name} has values up to {tensor.abs().max().item():.6g}, "

@@ -47,7 +47,10 @@ from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
 from exlq.pipeline.quantize import Rounding, Stored, quantized_linears
-from exlq.types import Option
+from exlq.pipeline.remarks import Remarks
+from exlq.pipeline.sensitivity import Sensitivity
+from exlq.pipeline.tensor_cache import TENSORS, Kept, TensorCache, matrix_alone
+from exlq.types import LinearSpec, Option
 from exlq.workspace import Workspace
 
 TRUSTED_FROM_BPW = 3.0  # below, any divergence may be what was asked for
@@ -135,14 +138,16 @@ class GgufOutput:
             writer.abandon()
             raise
         verify.verify_gguf(paths, types, digests)
-        path.with_suffix(".types.txt").write_text(type_file(types), encoding="utf-8", newline="\n")
+        listed = path.with_suffix(".types.txt")
+        listed.write_text(type_file(types), encoding="utf-8", newline="\n")
+        verify.verify_types(listed, type_file(types))
 
     def opened(self, directory: Path) -> Model:
         file = GgufFile(min(directory.glob("*.gguf")))
         weights = GgufWeights(file, self._told.entries)
         return open_model(self._plan.config.in_dir, weights, device=self._plan.model.device)
 
-    def put_in_place(self, directory: Path, work: Path) -> list[Path]:
+    def put_in_place(self, directory: Path) -> list[Path]:
         return places.put_files_in_place(directory, self.target)
 
     def figures(self, choice: Choice) -> dict[str, Any]:
@@ -185,18 +190,41 @@ class GgufOutput:
 
     def _matrices_made(self, choice: Choice, work: Path, progress: Progress) -> Iterator[Stored]:
         """Embedding, linears and head, in the order of the file."""
-        plan, key = self._plan, self._plan.model.embedding_key
+        plan, cache = self._plan, TensorCache(work / TENSORS)
         if self._uncalibrated:
-            for spec in (plan.specs[key], *plan.linears, *([] if plan.model.tied else [plan.model.head])):
-                weight = plan.model.linear_weight(spec.key)
-                yield spec, plainly_rounded(spec, choice.options[spec.key], weight, None)
+            head = () if plan.model.tied else (plan.model.head,)
+            for spec in (plan.model.embedding, *plan.linears, *head):
+                yield spec, self._plain(spec, choice.options[spec.key], cache)
             return
         found = sensitivities(plan, work, progress)
-        tensors, restored = quantized_embedding(plan, self.codec, choice.options[key], found)
-        yield plan.specs[key], tensors
+        tensors, restored = self._embedding(choice, cache, found)
+        yield plan.model.embedding, tensors
         coupled = found if plan.config.couples_rows else None
-        rounding = Rounding(plan, self.codec, choice.options, coupled)
+        rounding = Rounding(plan, self.codec, choice.options, coupled, cache, Remarks(work, self.name).note)
         yield from quantized_linears(rounding, Workspace(work), progress, restored)
+
+    def _plain(self, spec: LinearSpec, option: Option, cache: TensorCache) -> Mapping[str, Tensor]:
+        name = matrix_alone(self._plan, self.name, spec, option)
+        kept = cache.read(name)
+        if kept is None:
+            weight = self._plan.model.linear_weight(spec.key)
+            kept = Kept(plainly_rounded(spec, option, weight, None))
+            cache.write(name, kept)
+        return kept.tensors
+
+    def _embedding(
+        self, choice: Choice, cache: TensorCache, found: Sensitivity
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """The embedding's stored tensors, and the (vocab, hidden) float32 that they give back."""
+        spec = self._plan.model.embedding
+        option = choice.options[spec.key]
+        name = matrix_alone(self._plan, self.name, spec, option)
+        kept = cache.read(name)
+        if kept is not None:
+            return kept.tensors, self.codec.unpack(kept.tensors, spec, option)
+        tensors, restored = quantized_embedding(self._plan, self.codec, option, found)
+        cache.write(name, Kept(tensors))
+        return tensors, restored
 
     @property
     def _uncalibrated(self) -> bool:

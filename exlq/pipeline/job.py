@@ -2,45 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from exlq import __version__, measurement
-from exlq.doctor import diagnose
-from exlq.errors import ConfigError, InputError
-from exlq.evaluation.divergence import Divergence
-from exlq.files import atomic_write_json
+from exlq import measurement
+from exlq.errors import ConfigError
+from exlq.files import atomic_write_json, naming
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
-from exlq.numerics.scales import COMPILED
-from exlq.pipeline import directory, measured, verify
-from exlq.pipeline.allocate import Choice
+from exlq.pipeline import directory, guards, measured, verify
 from exlq.pipeline.card import CARD, model_card
 from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.estimate import require_disk
-from exlq.pipeline.measured import MEASUREMENT, PARTIAL, SENSITIVITY, measurement_path
+from exlq.pipeline.lock import Lock
+from exlq.pipeline.measured import GRADIENTS, MEASUREMENT, PARTIAL, measurement_path
 from exlq.pipeline.output import Output
 from exlq.pipeline.outputs import make_outputs
 from exlq.pipeline.overhead import overhead_bytes
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import Progress
-from exlq.recipes.prediction import predicted
+from exlq.pipeline.remarks import Remarks
+from exlq.pipeline.state import (
+    State,
+    begun,
+    changes,
+    fingerprint,
+    machine,
+    require_same_machine,
+    settings_hash,
+)
+from exlq.pipeline.states import RECORD
+from exlq.pipeline.summary import figures_of, foretold_kl, target_name, text_found, weight_bytes
+from exlq.pipeline.tensor_cache import TENSORS
 from exlq.workspace import Workspace
 
 SUMMARY = "summary.json"
 OVERHEAD = "overhead_bytes"  # of the measurement: by format, what its matrices do not take
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+SERVED = (
+    PARTIAL,
+    RECORD,
+    "*.bin",
+    "remarks-*.json",
+)  # files of the work directory that nothing wants once all is done
 
 
 @dataclass
@@ -54,6 +62,8 @@ class Job:
     work: Path
     progress: Progress
     command: str
+    lock: Lock
+    changes: tuple[str, ...]  # since the last run in this directory
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -74,10 +84,24 @@ def finished_summary(config: ConvertConfig) -> dict[str, Any] | None:
     try:
         summary = json.loads((config.out_dir / SUMMARY).read_text(encoding="utf-8"))
         places = [path for output in summary["outputs"].values() for path in output["paths"]]
-        same = summary["fingerprint"] == fingerprint(config)
+        same = str(summary["fingerprint"]).startswith(settings_hash(config))
+        same = same and summary["fingerprint"] == fingerprint(config, {})
         return dict(summary) if same and all(Path(path).exists() for path in places) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def cleaned(config: ConvertConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """A finished conversion's summary, once what it keeps for another run is gone."""
+    with directory.writable(config.out_dir):
+        lock = Lock(config.out_dir)
+        try:
+            _forget(config.out_dir)
+            summary = {**summary, "kept_bytes": 0}
+            atomic_write_json(config.out_dir / SUMMARY, summary)
+        finally:
+            lock.release()
+    return summary
 
 
 def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
@@ -90,15 +114,43 @@ def begin(config: ConvertConfig, progress: Progress, command: str) -> Job:
     outputs, notes = ((), ()) if config.output_measurement else make_outputs(plan)
     for output in outputs:
         output.require_place()
-    require_disk(plan, outputs)
+    guards.require_disk(plan, outputs)
+    notes = (*notes, *guards.memory_notes(plan))
     if config.output_measurement is not None:
         directory.require_parent(measurement_path(config.output_measurement), config.out_dir)
     given = measured.given(plan)
     if given is not None:
         for output in outputs:
             output.allocate(given)
+    with directory.writable(config.out_dir):
+        lock = Lock(config.out_dir)
+    try:
+        work, changed = _taken_up(plan)
+    except BaseException:
+        lock.release()
+        raise
+    watch = guards.DiskWatch.of(progress, plan, outputs)
+    return Job(plan, outputs, notes, given, work, watch, command, lock, changed)
+
+
+def _taken_up(plan: Plan) -> tuple[Path, tuple[str, ...]]:
+    """The work directory, and what is not as it was when it was last worked in.
+
+    Raises:
+        ConfigError: if it may not be gone on with.
+    """
+    config, now = plan.config, State.of(plan)
     work = directory.prepare_work(config.out_dir, config.no_resume)
-    return Job(plan, outputs, notes, given, work, progress, command)
+    with directory.writable(config.out_dir):
+        directory.sweep_parts(work, *(config.out_dir / name for name in (SUMMARY, MEASUREMENT)))
+        changed: tuple[str, ...] = ()
+        before = begun(work) if directory.holds_work(work) else None
+        if before is not None:
+            changed = changes(before, now, config.out_dir)
+            if not config.allow_other_machine:
+                require_same_machine(before, now, config.out_dir)
+        now.save(work)
+    return work, changed
 
 
 def rehearse(config: ConvertConfig) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
@@ -114,7 +166,7 @@ def rehearse(config: ConvertConfig) -> tuple[dict[str, dict[str, Any]], tuple[st
         raise ConfigError("--dry-run does not measure: give -m FILE, or --gguf-type NAME as the target")
     choices = {output: output.allocate(given) for output in outputs}
     figures = {
-        output.name: {"bpw": choice.bpw, **_foretold(config, choice), **output.figures(choice)}
+        output.name: {"bpw": choice.bpw, **foretold_kl(config, choice), **output.figures(choice)}
         for output, choice in choices.items()
     }
     return figures, (*notes, *(note for choice in choices.values() for note in choice.notes))
@@ -122,20 +174,35 @@ def rehearse(config: ConvertConfig) -> tuple[dict[str, dict[str, Any]], tuple[st
 
 def run(job: Job) -> dict[str, Any] | None:
     """Does the work; the summary, or None where only a measurement was asked for."""
-    with PeakMemory() as memory:
-        summary = _run(job)
-    if summary is not None:
-        summary["peak_anonymous_bytes"] = memory.bytes
-        atomic_write_json(job.config.out_dir / SUMMARY, summary)
-    _clean(job)
+    out_dir = job.config.out_dir
+    try:
+        with PeakMemory() as memory, naming(out_dir):
+            summary = _run(job)
+        directory.tidy(job.work, (*SERVED, *(output.name for output in job.outputs)))
+        keeps = summary is not None and not job.config.clean
+        if summary is not None:
+            summary["peak_anonymous_bytes"] = memory.bytes
+            summary["kept_bytes"] = guards.held_bytes(job.work) if keeps else 0
+            atomic_write_json(out_dir / SUMMARY, summary)
+        if not keeps:
+            _forget(out_dir)
+    finally:
+        job.lock.release()
     return summary
+
+
+def _forget(out_dir: Path) -> None:
+    """Removes what is kept for another run, and what --no-resume has put aside."""
+    directory.tidy(out_dir / "work", (*SERVED, TENSORS, GRADIENTS))
+    for path in directory.old_work(out_dir):
+        directory.discard(path)
 
 
 def _run(job: Job) -> dict[str, Any] | None:
     record = job.given
     if record is None and job.config.measures:
         with job.timed("measuring"):
-            record = measured.measured(job.plan, job.work, machine(), job.progress)
+            record = measured.measured(job.plan, job.work, machine(job.config.device), job.progress)
             record = replace(record, extra={**record.extra, OVERHEAD: overhead_bytes(job.plan)})
     if record is not None:
         measurement.save(record, job.config.out_dir / MEASUREMENT)
@@ -163,111 +230,38 @@ def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[st
         job.progress(f"verifying {output.name}", 0, 1)
         divergence = verify.verify_model(job.plan, output.opened(finished), Workspace(job.work))
         job.progress(f"verifying {output.name}", 1, 1)
-    foretold = _foretold(job.config, choice)
-    if output.trusted(choice):
-        verify.judge(foretold["predicted_kl"], divergence.kl_mean)
-    result = {**foretold, **_result(output, choice, divergence)}
+    foretold = foretold_kl(job.config, choice)
+    trusted, size = output.trusted(choice), job.plan.model.vocab_size
+    verify.judge(foretold["predicted_kl"], divergence.kl_mean, trusted, size)
+    result = {**foretold, **figures_of(output, choice, divergence, Remarks(job.work, output.name).lines())}
     file = min((path.name for path in finished.glob("*.gguf")), default=output.name)
     card = model_card(job.plan, output.name, file, result)
     (finished / CARD).write_text(card, encoding="utf-8", newline="\n")
-    paths = [path for path in output.put_in_place(finished, job.work) if path.name != CARD]
-    result |= {"paths": [str(path) for path in paths], "bytes": sum(_weight_bytes(path) for path in paths)}
+    paths = [path for path in output.put_in_place(finished) if path.name != CARD]
+    result |= {"paths": [str(path) for path in paths], "bytes": sum(weight_bytes(path) for path in paths)}
     if record is not None:
         evaluation = {**foretold, "measured": asdict(divergence)}
-        evaluations = {**record.extra.get("evaluations", {}), _target_name(job.config, output): evaluation}
+        evaluations = {**record.extra.get("evaluations", {}), target_name(job.config, output): evaluation}
         record = replace(record, extra={**record.extra, "evaluations": evaluations})
         measurement.save(record, job.config.out_dir / MEASUREMENT)
     return result, record
-
-
-def _foretold(config: ConvertConfig, choice: Choice) -> dict[str, float | None]:
-    """The expected KL divergence and its standard error, None where nothing was measured."""
-    found = predicted(choice.loss, config.corrects)
-    if found is None:
-        return {"predicted_kl": None, "predicted_se": None}
-    return {"predicted_kl": found.kl, "predicted_se": found.se}
-
-
-def _result(output: Output, choice: Choice, divergence: Divergence) -> dict[str, Any]:
-    solution = choice.allocation
-    return {
-        "bpw": choice.bpw,
-        "optimality_gap": None if solution is None else solution.gap,
-        "evaluation": asdict(divergence),
-        "notes": choice.notes,
-        **output.figures(choice),
-        "allocation": {key: option.desc for key, option in choice.options.items()},
-    }
 
 
 def _summary(job: Job, results: Mapping[str, Any]) -> dict[str, Any]:
     config = job.config
     record = config.out_dir / MEASUREMENT
     return {
-        "fingerprint": fingerprint(config),
+        "fingerprint": fingerprint(config, job.plan.origin["model"]["sha256"]),
         "command": job.command,
         "target": config.targets,
         "outputs": results,
         "notes": job.notes,
-        "base_bytes": _weight_bytes(config.in_dir),
+        "base_bytes": weight_bytes(config.in_dir),
         "measurement": str(record) if job.given is not None or config.measures else None,
         "evaluated_on": job.plan.checked_rows()[1],
         "calibration": asdict(job.plan.rows.record),
-        "calibration_text": _text_found(config),
+        "calibration_text": text_found(config),
         "seconds": job.seconds,
-        "machine": machine(),
+        "machine": machine(config.device),
         "settings": config.as_json(),
     }
-
-
-def _text_found(config: ConvertConfig) -> dict[str, Any] | None:
-    """What `exlq doctor` finds in the text, tokens apart; None where it can say nothing."""
-    try:
-        found = diagnose(
-            config.calibration,
-            text_column=config.text_column,
-            parse_special=config.parse_special,
-            seed=config.seed,
-        )
-    except InputError:
-        return None
-    return asdict(found)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on beside the inputs."""
-    return {
-        "exlq": __version__,
-        "torch": torch.__version__,
-        "numba": version("numba") if COMPILED else None,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def fingerprint(config: ConvertConfig) -> str:
-    """A hash of the settings and of the inputs' names, sizes and times of change."""
-    settings = {k: v for k, v in config.as_json().items() if k not in ("threads", "no_resume", "out_dir")}
-    given = (config.calibration, config.measurement, config.recipe, config.gguf_template)
-    inputs = [*(path for path in given if path is not None), *sorted(config.in_dir.iterdir())]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
-    return hashlib.sha256(json.dumps([__version__, settings, stats], sort_keys=True).encode()).hexdigest()
-
-
-def _target_name(config: ConvertConfig, output: Output) -> str:
-    target = " ".join(f"{flag} {value}" for flag, value in config.targets.items())
-    return f"{output.name} {target} -hb {config.head_bits}"
-
-
-def _weight_bytes(path: Path) -> int:
-    """Bytes of the weights in a directory, or of a file."""
-    if path.is_file():
-        return path.stat().st_size if path.suffix == ".gguf" else 0
-    return sum(file.stat().st_size for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
-
-
-def _clean(job: Job) -> None:
-    """Removes the large working files; the directory itself tells that the job was ours."""
-    for path in (*job.work.glob("*.bin"), *job.work.glob(f"*{SENSITIVITY}"), job.work / PARTIAL):
-        path.unlink(missing_ok=True)

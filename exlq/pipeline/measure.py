@@ -13,7 +13,6 @@ from exlq import memory
 from exlq.formats.codec import Codec
 from exlq.measurement import LinearRecord, Measurement, OptionRecord
 from exlq.models.layout import Linear
-from exlq.models.model import Model
 from exlq.numerics import hessian
 from exlq.pipeline import passes, trial
 from exlq.pipeline.embedding import embedding_cost
@@ -21,6 +20,8 @@ from exlq.pipeline.passes import BlockHessians, InputHessians
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
 from exlq.pipeline.sensitivity import Sensitivity
+from exlq.pipeline.states import HiddenStates
+from exlq.pipeline.tensor_cache import hashed
 from exlq.types import LinearSpec, Option
 from exlq.workspace import Workspace
 
@@ -40,12 +41,18 @@ def measure(
         save: called with the record after every block.
     """
     model, rows = plan.model, plan.measurement_rows
-    states = passes.embedded(model, rows.ids, workspace, passes.STATE_DTYPES[plan.config.states])
     record, known = begun, {linear.key for linear in begun.linears}
     steps = model.n_blocks + 1
-    for index in range(model.n_blocks):
-        measured = all(linear.spec.key in known for linear in model.linears(index))
-        hessians = _forward(model, index, states, rows.heldout, rows.ids, not measured)
+    measured = [all(linear.spec.key in known for linear in model.linears(i)) for i in range(model.n_blocks)]
+    marks = [hashed(plan.origin, index) for index in range(steps)]
+    shape, dtype = (*rows.ids.shape, model.hidden_size), passes.STATE_DTYPES[plan.config.states]
+    states = HiddenStates(workspace, ("states",), shape, dtype)
+    begin = states.resume(marks[: [*measured, False].index(False) + 1])
+    if begin is None:
+        states.begin()
+        passes.embedded(model, rows.ids, workspace, dtype)
+    for index in range(begin or 0, model.n_blocks):
+        hessians = _forward(plan, index, states.before("states"), states.after("states"), not measured[index])
         for stage, linears in passes.linears_by_stage(model, index).items():
             wanted = [linear for linear in linears if linear.spec.key not in known]
             if not wanted:
@@ -56,10 +63,11 @@ def measure(
                 tried = _record(plan, linear.spec, evidence.of, _costs(plan, sensitivity, linear.spec.key))
                 record = record.with_linear(replace(tried, tie=linear.tie))
         save(record)
+        states.turn(marks[index + 1])
         progress("measuring", index + 1, steps)
-    record = _with_ends(plan, record, states, sensitivity)
+    record = _with_ends(plan, record, states.before("states"), sensitivity)
     save(record)
-    workspace.remove("states")
+    states.begin()
     progress("measuring", steps, steps)
     return record
 
@@ -70,16 +78,16 @@ def _costs(plan: Plan, sensitivity: Sensitivity, key: str) -> Tensor:
     return sensitivity.outputs[key] if coupling is None else coupling.costs
 
 
-def _forward(
-    model: Model, index: int, states: Tensor, heldout: Tensor, ids: Tensor, gather: bool
-) -> BlockHessians:
-    """Runs a block on all rows, in place; gathers the Hessians of its inputs, where these are wanted."""
+def _forward(plan: Plan, index: int, states: Tensor, after: Tensor, gather: bool) -> BlockHessians:
+    """Runs a block on all rows of `states` into `after`; Hessians of its inputs, where wanted."""
+    model, taken = plan.model, plan.measurement_rows
     hessians = BlockHessians(model.device)
     with model.block(index) as block:
-        for rows in passes.batches(ids):
-            listener = hessians.listener(heldout[rows]) if gather else None
+        for rows in passes.batches(taken.ids):
+            look = passes.looking(f"block {index}", rows.start, taken.row_name)
+            listener = hessians.listener(taken.heldout[rows], look) if gather else None
             out = block.forward(states[rows].float(), listener)
-            states[rows] = out.to("cpu", states.dtype)
+            after[rows] = out.to("cpu", after.dtype)
     return hessians
 
 
@@ -107,7 +115,7 @@ def _record(
     plan: Plan, spec: LinearSpec, evidence: Callable[[Codec[Any]], trial.Evidence], rows: Tensor
 ) -> LinearRecord:
     """All options of one matrix; `rows`, (out_features,), is what an error of each output costs."""
-    weight = plan.model.linear_weight(spec.key).to(plan.model.device, torch.float32)
+    weight = plan.model.linear_weight(spec.key).to(plan.model.device, torch.float32, copy=True)
     records: list[OptionRecord] = []
     sensitivity: float | None = None
     for codec, options in plan.tried(spec):
@@ -142,7 +150,7 @@ def _with_ends(plan: Plan, record: Measurement, states: Tensor, sensitivity: Sen
     model, rows = plan.model, plan.measurement_rows
     known = {linear.key for linear in record.linears}
     if model.head.key not in known and plan.tried(model.head):
-        hessians = passes.head_hessians(model, states, rows.heldout, rows.ids)
+        hessians = passes.head_hessians(model, states, rows.heldout, rows.ids, rows.row_name)
         evidence = _Evidence(plan, hessians, model.head.key)
         head = _record(plan, model.head, evidence.of, sensitivity.outputs[model.head.key])
         record = record.with_linear(head)

@@ -21,6 +21,7 @@ from exlq.workspace import Workspace
 MEASUREMENT = "measurement.json"
 PARTIAL = "measurement.partial.json"
 SENSITIVITY = "sensitivity.safetensors"
+GRADIENTS = "gradients"  # directory of what the gradient pass has found
 
 
 def measurement_path(path: Path) -> Path:
@@ -77,14 +78,16 @@ def sensitivities(plan: Plan, work: Path, progress: Progress) -> Sensitivity:
     if not path.exists():
         ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]
         rows = sensitivity.fisher_rows(ids)
-        sensitivity.fisher(plan.model, rows, Workspace(work), plan.config.seed, path, progress)
+        path.parent.mkdir(exist_ok=True)
+        namer = sensitivity.row_namer(plan.measurement_rows)
+        sensitivity.fisher(plan.model, rows, Workspace(work), plan.config.seed, path, progress, namer)
     return Sensitivity.load(path)
 
 
 def _sensitivity_path(plan: Plan, work: Path) -> Path:
     """Named by what it was taken of, for `work` may hold that of a run with other settings."""
     origin = json.dumps(plan.origin, sort_keys=True, default=dict)
-    return work / f"{hashlib.sha256(origin.encode()).hexdigest()[:16]}-{SENSITIVITY}"
+    return work / GRADIENTS / f"{hashlib.sha256(origin.encode()).hexdigest()[:16]}-{SENSITIVITY}"
 
 
 def _left(plan: Plan, path: Path, empty: Measurement) -> Measurement:

@@ -53,7 +53,7 @@ class Output(Protocol):
         """The written model, to be run in torch."""
         ...
 
-    def put_in_place(self, directory: Path, work: Path) -> list[Path]:
+    def put_in_place(self, directory: Path) -> list[Path]:
         """Moves the finished files to where the user wants them; the files or the directory they are now."""
         ...
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from exlq.errors import HessianError
+from exlq.models.finite import require_finite
 from exlq.models.layout import Linear
 from exlq.models.model import Model
 from exlq.numerics.hessian import HessianSum
@@ -70,7 +71,7 @@ class InputHessians:
         assert self.calibration is not None
         assert self.heldout is not None
         try:
-            return self.calibration.mean(), self.heldout.mean()
+            return self.calibration.calibrated(), self.heldout.mean()
         except HessianError as exc:
             raise HessianError(f"{what}: {exc}") from exc
 
@@ -82,20 +83,37 @@ class BlockHessians:
     device: torch.device
     by_stage: dict[str, InputHessians] = field(default_factory=dict)
 
-    def listener(self, heldout: Tensor) -> Callable[[str, Tensor], None]:
-        """For `Block.forward`'s `on_input`, with the rows that are about to run."""
+    def listener(
+        self, heldout: Tensor, look: Callable[[str, Tensor], Tensor] = lambda _, x: x
+    ) -> Callable[[str, Tensor], None]:
+        """For `Block.forward`'s `on_input`, with the rows that are about to run; `look` sees them first."""
 
         def add(stage: str, x: Tensor) -> None:
-            self.by_stage.setdefault(stage, InputHessians(self.device)).add(x, heldout)
+            self.by_stage.setdefault(stage, InputHessians(self.device)).add(look(stage, x), heldout)
 
         return add
 
 
-def head_hessians(model: Model, states: Tensor, heldout: Tensor, ids: Tensor) -> InputHessians:
+def looking(where: str, first: int, row_name: Callable[[int], str]) -> Callable[[str, Tensor], Tensor]:
+    """For every stage's input of a batch whose first row is `first`: gives it back, or refuses it.
+
+    What it makes raises ModelError, as `require_finite` does.
+    """
+    return lambda stage, x: require_finite(x, f"{where}, {stage}", lambda row: row_name(first + row))
+
+
+def head_hessians(
+    model: Model,
+    states: Tensor,
+    heldout: Tensor,
+    ids: Tensor,
+    row_name: Callable[[int], str] = "row {}".format,
+) -> InputHessians:
     """Hessians of lm_head's input, from the states after the last block."""
     hessians = InputHessians(model.device)
     for rows in batches(ids):
-        hessians.add(model.final_norm(states[rows].float()), heldout[rows])
+        look = looking("the last block", rows.start, row_name)
+        hessians.add(look("final norm", model.final_norm(states[rows].float())), heldout[rows])
     return hessians
 
 

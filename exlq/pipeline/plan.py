@@ -21,6 +21,7 @@ from exlq.formats.codec import Codec, Role
 from exlq.formats.codecs import CODECS
 from exlq.models.model import Model
 from exlq.models.open import open_model
+from exlq.numerics.hessian import PLENTY, shrinkage
 from exlq.pipeline.config import ConvertConfig
 from exlq.sizing.effort import EFFORTS, rows_of
 from exlq.types import LinearSpec, Option
@@ -64,7 +65,18 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What whoever uses the result must know of the model's weights, whatever the format."""
-        return (PERMUTED,) if self.config.permute_mlp else ()
+        return (*((PERMUTED,) if self.config.permute_mlp else ()), *self._few_tokens())
+
+    def _few_tokens(self) -> tuple[str, ...]:
+        """A line where Hessians are shrunk: their linears have too few tokens to be taken as they are."""
+        tokens = self.quantized_on.numel() if self.config.gptq and self.config.weighted else None
+        if tokens is None or not (few := [s for s in self.linears if shrinkage(tokens, s.in_features)]):
+            return ()
+        most = 100 * max(shrinkage(tokens, spec.in_features) for spec in few)
+        return (
+            f"{len(few)} linears have fewer than {PLENTY} of the {tokens:,} tokens per input channel: their "
+            f"Hessians were shrunk towards the diagonal, by {most:.0f} % at most; more rows (-r) do better",
+        )
 
     def tried(self, spec: LinearSpec) -> list[tuple[Codec[Any], tuple[Option, ...]]]:
         """The options of a matrix that are to be measured, by codec; its shape may admit none of a codec."""

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from exlq.calibration import TokenRows
+from exlq.errors import HessianError
+from exlq.files import atomic_write_bytes
 from exlq.models.model import Model
 from exlq.numerics.coupling import Coupling, CouplingSum
 from exlq.numerics.hessian import HessianSum
 from exlq.numerics.precision import widest
+from exlq.pipeline.passes import looking
 from exlq.pipeline.progress import Progress
 from exlq.workspace import Workspace
 
@@ -59,9 +63,7 @@ def _beside(path: Path, key: str) -> Path:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    part.replace(path)
+    atomic_write_bytes(path, save(tensors))
 
 
 def indifferent(model: Model, path: Path) -> Sensitivity:
@@ -73,13 +75,30 @@ def indifferent(model: Model, path: Path) -> Sensitivity:
 
 def fisher_rows(ids: Tensor) -> Tensor:
     """The token rows of the gradient pass: evenly spread over `ids` (n, length), at most 8192 tokens."""
+    return ids[_places(ids), : min(ROW_LENGTH, ids.shape[1])]
+
+
+def row_namer(taken: TokenRows) -> Callable[[int], str]:
+    """What the rows are called that `fisher_rows` takes of those that are not held out."""
+    calibrated = (~taken.heldout).nonzero()[:, 0]
+    places = calibrated[_places(taken.ids[calibrated])]
+    return lambda row: taken.row_name(int(places[row]))
+
+
+def _places(ids: Tensor) -> Tensor:
     length = min(ROW_LENGTH, ids.shape[1])
     n_rows = min(len(ids), max(1, TOKENS // length))
-    return ids[torch.linspace(0, len(ids) - 1, n_rows).round().long(), :length]
+    return torch.linspace(0, len(ids) - 1, n_rows).round().long()
 
 
 def fisher(
-    model: Model, rows: Tensor, workspace: Workspace, seed: int, path: Path, progress: Progress
+    model: Model,
+    rows: Tensor,
+    workspace: Workspace,
+    seed: int,
+    path: Path,
+    progress: Progress,
+    row_name: Callable[[int], str] = "row {}".format,
 ) -> Sensitivity:
     """Fisher information of every linear's outputs, and the gradients' second moment at the input.
 
@@ -89,23 +108,29 @@ def fisher(
     Args:
         rows: (n, length) int64.
         path: where all of it is saved, several files of that name's end.
+        row_name: what a row is called in an error.
+
+    Raises:
+        ModelError: naming block, stage and row, if the activations are not finite.
 
     Source: Fisher information as the KL's Hessian; K-FAC, arXiv:1503.05671, section 2 (sampled labels).
     """
     at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
     batches = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
-    inputs = _block_inputs(model, rows, batches, workspace, progress)
+    inputs = _block_inputs(model, rows, batches, workspace, progress, row_name)
     labels = model.sample_labels(inputs[-1], torch.Generator().manual_seed(seed))
     information = {model.head.key: _head_information(model, inputs[-1])}
-    head_input = _second_moment(model.final_norm(inputs[-1][batch]) for batch in batches)
+    head_input = _second_moment((model.final_norm(inputs[-1][batch]) for batch in batches), "final norm")
     gradient = workspace.tensor("gradient", tuple(inputs[-1].shape))
     for batch in batches:
         gradient[batch] = model.head_backward(inputs[-1][batch], labels[batch]).cpu()
     for index in reversed(range(model.n_blocks)):
         information |= _block_information(model, index, inputs[index], gradient, batches, path)
+        for batch in batches:
+            looking(f"block {index}", batch.start, row_name)("gradient", gradient[batch])
         progress("gradients", 2 * model.n_blocks - index, 2 * model.n_blocks)
     scale = _embedding_scale(model, rows[:1], inputs[0][:1])
-    embedding = _second_moment(gradient[batch] for batch in batches) * scale**2
+    embedding = _second_moment((gradient[batch] for batch in batches), "embedding, gradients") * scale**2
     for index in range(model.n_blocks + 1):
         workspace.remove(f"input-{index}")
     workspace.remove("gradient")
@@ -114,14 +139,17 @@ def fisher(
     return found
 
 
-def _second_moment(parts: Iterable[Tensor]) -> Tensor:
-    """(size, size) float32 E[x xᵀ] over all x of (…, size) tensors."""
+def _second_moment(parts: Iterable[Tensor], what: str) -> Tensor:
+    """(size, size) float32 E[x xᵀ] over all x of (…, size) tensors; `what` names them in an error."""
     total: HessianSum | None = None
     for part in parts:
         total = total or HessianSum.zeros(part.shape[-1], part.device)
         total.add(part)
     assert total is not None
-    return total.mean().cpu()
+    try:
+        return total.mean().cpu()
+    except HessianError as exc:
+        raise HessianError(f"{what}: {exc}") from exc
 
 
 def _embedding_scale(model: Model, rows: Tensor, embedded: Tensor) -> float:
@@ -131,7 +159,12 @@ def _embedding_scale(model: Model, rows: Tensor, embedded: Tensor) -> float:
 
 
 def _block_inputs(
-    model: Model, rows: Tensor, batches: list[slice], workspace: Workspace, progress: Progress
+    model: Model,
+    rows: Tensor,
+    batches: list[slice],
+    workspace: Workspace,
+    progress: Progress,
+    row_name: Callable[[int], str],
 ) -> list[Tensor]:
     """Hidden states (n, length, hidden_size) before each block and after the last."""
     shape = (*rows.shape, model.hidden_size)
@@ -141,9 +174,19 @@ def _block_inputs(
     for index in range(model.n_blocks):
         with model.block(index) as block:
             for batch in batches:
-                states[index + 1][batch] = block.forward(states[index][batch]).cpu()
+                look = looking(f"block {index}", batch.start, row_name)
+                states[index + 1][batch] = block.forward(states[index][batch], _only(look)).cpu()
         progress("gradients", index + 1, 2 * model.n_blocks)
+    for batch in batches:
+        looking("the last block", batch.start, row_name)("output", states[-1][batch])
     return states
+
+
+def _only(look: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], None]:
+    def on_input(stage: str, x: Tensor) -> None:
+        look(stage, x)
+
+    return on_input
 
 
 def _block_information(

@@ -22,6 +22,22 @@ from exlq.workspace import Workspace
 CHECK_TOKENS = 16384  # of held-out rows, on which the finished model is compared with the base
 ALLOWED_KL = 0.05
 ALLOWED_RATIO = 5.0
+LOW_KL, LOW_RATIO = 0.5, 10.0  # likewise where so few bits were asked for that predictions are rough
+KNOWS_LITTLE = 0.3  # of ln(vocabulary), where there is no prediction either; to know nothing costs about 0.5
+
+
+def verify_types(path: Path, wanted: str) -> None:
+    """Reads the list of types beside a GGUF file again.
+
+    Raises:
+        VerifyError: if it is not the text that was written.
+    """
+    try:
+        same = path.read_text(encoding="utf-8") == wanted
+    except (OSError, UnicodeDecodeError):
+        same = False
+    if not same:
+        raise VerifyError(f"{path} is not what was written; check the disk, then run again")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -56,6 +72,8 @@ def verify_exl2(model: Model, directory: Path, digests: Mapping[str, str]) -> No
                 raise VerifyError(
                     f"{directory}: {name} is not what was written; check the disk, then run again"
                 )
+        if more := sorted(set(weights.keys()) - set(model.weights.keys())):
+            raise VerifyError(f"{directory} holds {more[0]}, which was not written; run again")
     except (FormatError, ModelError) as exc:
         raise VerifyError(f"the written files cannot be read back: {exc}") from exc
 
@@ -89,28 +107,43 @@ def verify_model(plan: Plan, written: Model, workspace: Workspace) -> Divergence
     """Runs the written model beside the base on rows no Hessian has seen.
 
     Raises:
-        VerifyError: if a logit is not finite.
+        VerifyError: if a weight or a logit is not finite.
     """
     rows, _ = plan.checked_rows()
     rows = rows[: max(1, CHECK_TOKENS // rows.shape[1])]
-    found = compare(plan.model, written, rows, workspace)
+    try:
+        found = compare(plan.model, written, rows, workspace)
+    except (FormatError, ModelError) as exc:
+        raise VerifyError(f"the written model cannot be run: {exc}") from exc
     if not math.isfinite(found.kl_mean) or not math.isfinite(found.perplexity):
         raise VerifyError("the written model's logits are not finite; report the model")
     return found
 
 
-def judge(predicted: float | None, measured: float) -> None:
-    """Refuses a model that is worse than its measurement can explain.
+def judge(predicted: float | None, measured: float, trusted: bool, vocab_size: int) -> None:
+    """Refuses a model that is worse than its measurement and its bits can explain.
+
+    Args:
+        predicted, measured: KL divergences; `predicted` is None where nothing was measured.
+        trusted: whether so many bits were asked for that a large divergence means a fault.
 
     Raises:
-        VerifyError: if the KL divergence is above both bounds.
+        VerifyError: if the KL divergence is no number or above the bound of its kind.
     """
-    allowed = ALLOWED_KL if predicted is None else max(ALLOWED_KL, ALLOWED_RATIO * predicted)
-    if measured > allowed:
+    allowed = _allowed(predicted, trusted, vocab_size)
+    if not measured <= allowed:
         raise VerifyError(
             f"KL divergence {measured:.4f}, at most {allowed:.4f} was expected: the result is not to be "
             "trusted and was not put in place"
         )
+
+
+def _allowed(predicted: float | None, trusted: bool, vocab_size: int) -> float:
+    if trusted:
+        return max(ALLOWED_KL, ALLOWED_RATIO * (predicted or 0.0))
+    if predicted is None:
+        return max(LOW_KL, KNOWS_LITTLE * math.log(vocab_size))
+    return max(LOW_KL, LOW_RATIO * predicted)
 
 
 def _same_bias(stored: Tensor | None, source: Tensor | None) -> bool:

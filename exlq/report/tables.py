@@ -68,8 +68,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
         ("peak memory", format_bytes(summary["peak_anonymous_bytes"])),
         ("time", ", ".join(f"{name} {duration(s)}" for name, s in summary["seconds"].items())),
     ]
+    if machine := summary.get("machine"):
+        lines.append(("machine", f"{machine['threads']} threads, {machine.get('device', 'cpu')}"))
     if summary["measurement"]:
         lines.append(("measurement", summary["measurement"]))
+    if kept := summary.get("kept_bytes"):
+        lines.append(("kept for another run", f"{format_bytes(kept)} in work; --clean removes them"))
     return pairs("Result", [*lines, *(("note", note) for note in summary["notes"])])
 
 

@@ -97,14 +97,17 @@ def disk_bytes(
 ) -> int:
     """Hidden states of the widest pass, what couples output rows, and the outputs, the largest twice.
 
+    States lie there before and after a block, of the base and of the quantized model, those inside a block
+    beside them; a tenth is for rows of random tokens. Quantized tensors are kept beside the outputs.
+
     Args:
         sizes: bytes of each output.
     """
     widest = max(spec.in_features for spec in linears)
-    passes = 2 * tokens.quantize * (3 * hidden_size + widest)
+    passes = 22 * tokens.quantize * (4 * hidden_size + widest) // 10
     states = max(passes, GRADIENT_TOKENS * (n_blocks + 2) * hidden_size)
     coupled = sum(min(COUPLED_ROWS, spec.out_features) * spec.out_features for spec in linears) // 2
-    return FLOAT_BYTES * (states + coupled) + sum(sizes) + max(sizes, default=0)
+    return FLOAT_BYTES * (states + coupled) + 2 * sum(sizes) + max(sizes, default=0)
 
 
 def gemm_rate() -> float:

@@ -39,7 +39,7 @@ def llama(tmp_path: Path) -> Path:
         ({"architectures": ["LlamaForCausalLM"] * 2}, "wanted one of"),
         ({"model_type": "mistral"}, "says model_type 'mistral' with LlamaForCausalLM; wanted 'llama'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"is already quantized \(gptq\); wanted bf16"),
-        ({"hidden_size": "wide"}, "cannot use this config.json: .*hidden_size"),
+        ({"hidden_size": "wide"}, "config.json has hidden_size = "),
         (
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}},
             "cannot build LlamaForCausalLM .*spiral",

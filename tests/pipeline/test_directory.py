@@ -80,12 +80,12 @@ FOREIGN = [
 @pytest.mark.parametrize("make", FOREIGN)
 def test_what_we_did_not_write_is_never_replaced(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "target")
-    finished, work = model(tmp_path / "finished", "new"), tmp_path / "work"
+    finished = model(tmp_path / "finished", "new")
     before = contents(tmp_path)
     with pytest.raises(ConfigError, match="was not written by exlq: move it away"):
         require_replaceable(tmp_path / "target")
     with pytest.raises(ConfigError, match="was not written by exlq: move it away"):
-        put_in_place(finished, tmp_path / "target", work)
+        put_in_place(finished, tmp_path / "target")
     assert contents(tmp_path) == before
 
 
@@ -108,7 +108,7 @@ def test_a_finished_directory_takes_its_place_whole(
     if old:
         model(target, old)
     wanted = contents(finished)
-    put_in_place(finished, target, work)
+    put_in_place(finished, target)
     assert contents(target) == wanted
     assert not finished.exists()
     assert [path.name for path in target.parent.iterdir()] == ["model"]
@@ -140,7 +140,11 @@ def test_our_work_directory_is_kept_or_begun_anew(tmp_path: Path) -> None:
     assert prepare_work(tmp_path / "a" / "b", no_resume=False) == work
     assert (work / "states.bin").exists()
     prepare_work(tmp_path / "a" / "b", no_resume=True)
+    prepare_work(tmp_path / "a" / "b", no_resume=True)
     assert [path.name for path in work.iterdir()] == [directory.MARK]
+    assert {path.name for path in work.parent.iterdir()} == {"work", "work.old-1"}, "of nothing none is kept"
+    assert {path.name for path in (work.parent / "work.old-1").iterdir()} == {directory.MARK, "states.bin"}
+    assert directory.old_work(work.parent) == [work.parent / "work.old-1"]
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:

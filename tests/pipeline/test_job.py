@@ -39,8 +39,9 @@ def failing(*_: Any, **__: Any) -> Divergence:
 def test_a_job_leaves_its_model_its_measurement_its_summary_and_no_large_file(finished: Finished) -> None:
     out = finished.config.out_dir
     assert {path.name for path in out.iterdir()} == {"exl2", "measurement.json", "summary.json", "work"}
-    assert [path.name for path in (out / "work").iterdir()] == ["job.json"]
-    assert (out / "work" / "job.json").stat().st_size < 1000
+    assert {path.name for path in (out / "work").iterdir()} == {"job.json", "tensors", "gradients"}
+    assert len(list((out / "work" / "tensors").iterdir())) == 15
+    assert (out / "work" / "job.json").stat().st_size < 4000
 
 
 def test_the_same_job_twice_gives_the_same_bytes(finished: Finished, tmp_path: Path) -> None:
@@ -152,16 +153,16 @@ def test_another_target_replaces_the_model_only_when_it_is_verified(
     assert (again.out_dir / "summary.json").read_bytes() == summary
     real, seen = verify.judge, []
 
-    def judged(predicted: float | None, measured: float) -> None:
+    def judged(*figures: Any) -> None:
         seen.append(contents(target))
-        real(predicted, measured)
+        real(*figures)
 
     monkeypatch.setattr(verify, "judge", judged)
     new = convert(replace(again, bits=4.0))
     assert seen == [old], "the old model stood while the new one was verified"
     assert new["outputs"]["exl2"]["bpw"] <= 4.0
     assert len(contents(target)["output.safetensors"]) < len(old["output.safetensors"])
-    assert {path.name for path in (again.out_dir / "work").iterdir()} == {"job.json"}
+    assert {path.name for path in (again.out_dir / "work").iterdir()} == {"job.json", "tensors", "gradients"}
 
 
 def test_an_interruption_while_quantizing_leaves_the_old_model(

@@ -125,11 +125,22 @@ def test_a_digest_depends_on_names_dtypes_shapes_and_bytes_but_not_on_order() ->
 
 def test_logits_that_are_not_finite_are_found(written: Finished, tmp_path: Path) -> None:
     directory = copied(written.model, tmp_path / "exl2")
-    norm = load_file(directory / "output.safetensors")["model.norm.weight"]
+    norm = load_file(directory / "output.safetensors")["model.layers.1.input_layernorm.weight"]
     norm[3] = float("inf")
-    edit_tensors(directory / "output.safetensors", model__norm__weight=norm)
-    with pytest.raises(VerifyError, match="not finite"):
+    edit_tensors(directory / "output.safetensors", model__layers__1__input_layernorm__weight=norm)
+    with pytest.raises(VerifyError, match=r"cannot be run: .* has inf at row 3"):
         verify_model(make_plan(written.config), exl2_model(directory), Workspace(tmp_path))
+
+
+def test_a_tensor_that_was_not_written_is_found(
+    written: Finished, source: Model, digests: Mapping[str, str], tmp_path: Path
+) -> None:
+    directory = copied(written.model, tmp_path / "exl2")
+    tensors = load_file(directory / "output.safetensors")
+    tensors["model.layers.7.input_layernorm.weight"] = torch.ones(64, dtype=torch.float16)
+    save_file(tensors, directory / "output.safetensors")
+    with pytest.raises(VerifyError, match=r"holds model\.layers\.7.* which was not written"):
+        verify_exl2(source, directory, digests)
 
 
 def test_its_figures_are_of_held_out_rows(written: Finished, tmp_path: Path) -> None:
@@ -155,8 +166,37 @@ def test_its_figures_are_of_held_out_rows(written: Finished, tmp_path: Path) -> 
 def test_a_divergence_is_trusted_up_to_a_twentieth_or_five_times_the_predicted(
     predicted: float | None, measured: float, trusted: bool
 ) -> None:
-    if trusted:
-        judge(predicted, measured)
-    else:
-        with pytest.raises(VerifyError, match=f"KL divergence {measured:.4f}, at most"):
-            judge(predicted, measured)
+    assert passes(predicted, measured, True) == trusted
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "trusted"),
+    [
+        (0.01, 0.499, True),
+        (0.01, 0.501, False),
+        (0.1, 0.999, True),
+        (0.1, 1.001, False),
+        (None, 2.28, True),  # 0.3 ln(2048)
+        (None, 2.29, False),
+    ],
+)
+def test_at_few_bits_it_is_trusted_up_to_a_half_or_ten_times_or_a_part_of_knowing_nothing(
+    predicted: float | None, measured: float, trusted: bool
+) -> None:
+    assert passes(predicted, measured, False) == trusted
+
+
+@pytest.mark.parametrize("predicted", [None, 0.01])
+@pytest.mark.parametrize("many_bits", [True, False])
+def test_what_is_no_number_is_never_trusted(predicted: float | None, many_bits: bool) -> None:
+    assert not passes(predicted, float("nan"), many_bits)
+    assert not passes(predicted, float("inf"), many_bits)
+
+
+def passes(predicted: float | None, measured: float, many_bits: bool) -> bool:
+    """Whether `judge` lets it pass; where it does not, its message says what was measured."""
+    try:
+        judge(predicted, measured, many_bits, vocab_size=2048)
+    except VerifyError as exc:
+        return f"KL divergence {measured:.4f}, at most" not in str(exc)
+    return True

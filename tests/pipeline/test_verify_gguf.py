@@ -14,7 +14,7 @@ import torch
 from exlq.errors import VerifyError
 from exlq.formats.gguf.values import KeyValue, TensorInfo
 from exlq.formats.gguf.writer import GgufWriter
-from exlq.pipeline.verify import verify_gguf
+from exlq.pipeline.verify import verify_gguf, verify_types
 
 INFOS = [
     TensorInfo("a.weight", (4, 64), "Q8_0"),
@@ -77,6 +77,19 @@ def test_a_tensor_that_is_not_there_or_too_many_are_found(written: Written) -> N
     fewer = {name: digest for name, digest in written.digests.items() if name != "b.weight"}
     with pytest.raises(VerifyError, match="holds 3 tensors, 2 were written"):
         verify_gguf(written.paths, TYPES, fewer)
+
+
+def test_another_list_of_types_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.types.txt"
+    path.write_text("a=Q8_0\n", encoding="utf-8")
+    verify_types(path, "a=Q8_0\n")
+    for broken in (b"a=Q8_1\n", b"a=Q8_0", b"\xff"):
+        path.write_bytes(broken)
+        with pytest.raises(VerifyError, match="is not what was written"):
+            verify_types(path, "a=Q8_0\n")
+    path.unlink()
+    with pytest.raises(VerifyError, match="is not what was written"):
+        verify_types(path, "a=Q8_0\n")
 
 
 BREAKAGES: dict[str, Callable[[bytes], bytes]] = {

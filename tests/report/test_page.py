@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import json
 import re
@@ -192,10 +193,10 @@ def test_a_failed_write_leaves_the_earlier_page(tmp_path: Path, monkeypatch: pyt
     earlier = written.read_bytes()
 
     def full(_: int) -> None:
-        raise OSError("no space")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("exlq.files.os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="No space"):
         write_report(job)
     assert written.read_bytes() == earlier
     assert {path.name for path in job.iterdir()} == {"summary.json", "measurement.json", "report.html"}

@@ -39,7 +39,9 @@ def _arrange_places(group: argparse._ArgumentGroup) -> None:
     add("-cf", "--compile_full", type=Path, metavar="DIR", help="put the model there instead of OUT/exl2")
     add("-ss", "--shard_size", type=int, default=8192, metavar="MIB", help="largest file, 0 for one; 8192")
     add("--dry-run", action="store_true", help="print types and sizes, do nothing")
-    add("-nr", "--no_resume", action="store_true", help="begin anew, whatever an earlier run has left")
+    add("-nr", "--no_resume", action="store_true", help="begin anew; the old work stays beside")
+    add("--clean", action="store_true", help="keep nothing in OUT/work for another run")
+    add("--allow-other-machine", action="store_true", help="go on with other threads or another device")
 
 
 def _arrange_target(group: argparse._ArgumentGroup) -> None:

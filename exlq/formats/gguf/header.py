@@ -19,6 +19,8 @@ from exlq.formats.gguf.values import KeyValue, TensorInfo
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _MOST_DIMENSIONS = 4
+_MOST_BYTES = 1 << 26  # of a header; a value takes up to 9 times its size when it is decoded
+_MOST_TENSORS, _MOST_ENTRIES = 1 << 17, 1 << 16
 _SMALLEST_ENTRY, _SMALLEST_TENSOR = 13, 28  # bytes: a uint8 under an empty key; an unnamed tensor of 1-D
 _SCALARS: dict[GGUFValueType, str] = {
     GGUFValueType.UINT8: "<u1",
@@ -79,7 +81,7 @@ class _Cursor:
     """Reads on from `position`, never beyond the end."""
 
     def __init__(self, data: mmap.mmap, position: int = 0) -> None:
-        self.data, self.position, self.size = data, position, len(data)
+        self.data, self.position, self.size = data, position, min(len(data), _MOST_BYTES)
 
     def skip(self, n_bytes: int, what: str) -> int:
         """Moves on and returns where it was."""
@@ -175,6 +177,10 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     if n_tensors * _SMALLEST_TENSOR + n_entries * _SMALLEST_ENTRY > cursor.size:
         raise BrokenHeaderError(
             f"{n_tensors} tensors and {n_entries} entries do not fit into {cursor.size} bytes"
+        )
+    if n_tensors > _MOST_TENSORS or n_entries > _MOST_ENTRIES:
+        raise BrokenHeaderError(
+            f"announces {n_tensors} tensors and {n_entries} entries, more than any model has"
         )
     return n_tensors, n_entries
 

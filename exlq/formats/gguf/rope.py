@@ -62,7 +62,9 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
         )
     if config.get("partial_rotary_factor") is not None:
         settings.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    length = int(config["max_position_embeddings"])
+    length = config.get("max_position_embeddings")
+    if type(length) is not int:
+        raise ModelError(f"config.json has max_position_embeddings = {length!r}; a whole number was wanted")
     original = config.get("original_max_position_embeddings") or settings.get(
         "original_max_position_embeddings"
     )
@@ -204,7 +206,11 @@ def _magnitude(factor: float, weight: float = 1.0) -> float:
 def _longrope_metadata(rope: Rope, prefix: str) -> list[KeyValue]:
     wanted = rope.settings.get("attention_factor")
     if wanted is None:
-        growth = math.log(rope.factor) / math.log(rope.original_length) if rope.factor > 1 else 0.0
+        growth = (
+            math.log(rope.factor) / math.log(rope.original_length)
+            if rope.factor > 1 < rope.original_length
+            else 0.0
+        )
         wanted = math.sqrt(1 + growth)
     return [_kind_entry(rope, prefix), _real(f"{prefix}.attn_factor", wanted)]
 

@@ -8,6 +8,7 @@ import os
 import struct
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +19,9 @@ import torch
 from gguf import GGUFValueType
 from torch import Tensor
 
+from exlq import faults
 from exlq.errors import FormatError
+from exlq.files import naming
 from exlq.formats.gguf.values import KeyValue, TensorInfo
 
 Split: TypeAlias = "int | Sequence[int] | None"
@@ -53,7 +56,8 @@ class GgufWriter:
         self._paths = tuple(self._writer.format_shard_names(path))
         self._awaited = deque((info.name, tensor_bytes(info)) for info in tensors)
         try:
-            _write_head(self._writer, path)
+            with naming(path):
+                _write_head(self._writer, path)
         except BaseException:
             self.abandon()
             raise
@@ -72,7 +76,9 @@ class GgufWriter:
             raise FormatError(f"{name} has {found} bytes, {wanted_bytes} were declared")
         self._awaited.popleft()
         stored = data.detach().cpu().contiguous().flatten().view(torch.uint8)
-        self._writer.write_tensor_data(stored.numpy())
+        with naming(self._paths[0]):
+            self._writer.write_tensor_data(stored.numpy())
+        faults.point("gguf data")  # the last of it is still in the buffer of the file
 
     def close(self) -> tuple[Path, ...]:
         """Flushes every shard to the disk and returns their paths.
@@ -84,15 +90,19 @@ class GgufWriter:
             raise FormatError(
                 f"{len(self._awaited)} tensors were declared and not added, the first {self._awaited[0][0]}"
             )
-        for file in self._writer.fout or ():
-            file.flush()
-            os.fsync(file.fileno())
-        self._writer.close()
+        with naming(self._paths[0]):
+            for file in self._writer.fout or ():
+                file.flush()
+                os.fsync(file.fileno())
+            self._writer.close()
         return self._paths
 
     def abandon(self) -> None:
         """Closes and removes what was written so far; also after `close`."""
-        self._writer.close()
+        for file in self._writer.fout or ():
+            with suppress(OSError):  # of what could not be written before, and need not be now
+                file.close()
+        self._writer.fout = None
         for path in self._paths:
             path.unlink(missing_ok=True)
 
@@ -150,7 +160,7 @@ def _write_head(writer: Any, path: Path | None = None) -> None:
     writer.write_header_to_file(path)
     try:
         writer.write_kv_data_to_file()
-    except (struct.error, TypeError, ValueError, AttributeError) as exc:
+    except (struct.error, TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise FormatError(f"a metadata value does not fit its type ({exc}); check types and ranges") from exc
     writer.write_ti_data_to_file()
 
