@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from exlq import faults
 from exlq.files import reserve
 
 
@@ -35,6 +38,22 @@ class Workspace:
         reserve(path, numel * dtype.itemsize)
         mapped = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
         return mapped.view(shape)
+
+    def whole(self, name: str, shape: tuple[int, ...], fill: Callable[[Tensor], None]) -> Tensor:
+        """The float32 tensor `name` from its file, or made by `fill`; the file has its name only then."""
+        if not self.has(name, shape):
+            part = f"{name}-part"
+            fill(self.tensor(part, shape))
+            with self.path(part).open("rb+") as file:
+                os.fsync(file.fileno())
+            faults.point(f"{name} written")
+            self.path(part).replace(self.path(name))
+        return self.tensor(name, shape)
+
+    def has(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether there is a float32 tensor of that name and shape."""
+        wanted = torch.Size(shape).numel() * torch.float32.itemsize
+        return self.path(name).is_file() and self.path(name).stat().st_size == wanted
 
     def remove(self, name: str) -> None:
         """Deletes the file of a tensor, if there is one; the tensor itself must be out of use."""

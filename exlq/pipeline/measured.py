@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,11 @@ def sensitivities(plan: Plan, work: Path, progress: Progress) -> Sensitivity:
     if not path.exists():
         ids = plan.measurement_rows.ids[~plan.measurement_rows.heldout]
         rows = sensitivity.fisher_rows(ids)
-        path.parent.mkdir(exist_ok=True)
+        kept = path.with_suffix("")
+        kept.mkdir(parents=True, exist_ok=True)
         namer = sensitivity.row_namer(plan.measurement_rows)
-        sensitivity.fisher(plan.model, rows, Workspace(work), plan.config.seed, path, progress, namer)
+        sensitivity.fisher(plan.model, rows, Workspace(kept), plan.config.seed, path, progress, namer)
+        shutil.rmtree(kept)
     return Sensitivity.load(path)
 
 

@@ -103,10 +103,11 @@ def fisher(
     """Fisher information of every linear's outputs, and the gradients' second moment at the input.
 
     Labels are sampled from the model, one per position. The pass runs block by block, forth with
-    every block's input kept in a file, then back.
+    every block's input kept in a file, then back. An interrupted one goes on after the last block.
 
     Args:
         rows: (n, length) int64.
+        workspace: what is there of these names is of the same rows, model and seed.
         path: where all of it is saved, several files of that name's end.
         row_name: what a row is called in an error.
 
@@ -118,25 +119,87 @@ def fisher(
     at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
     batches = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
     inputs = _block_inputs(model, rows, batches, workspace, progress, row_name)
-    labels = model.sample_labels(inputs[-1], torch.Generator().manual_seed(seed))
     information = {model.head.key: _head_information(model, inputs[-1])}
     head_input = _second_moment((model.final_norm(inputs[-1][batch]) for batch in batches), "final norm")
-    gradient = workspace.tensor("gradient", tuple(inputs[-1].shape))
-    for batch in batches:
-        gradient[batch] = model.head_backward(inputs[-1][batch], labels[batch]).cpu()
-    for index in reversed(range(model.n_blocks)):
-        information |= _block_information(model, index, inputs[index], gradient, batches, path)
-        for batch in batches:
-            looking(f"block {index}", batch.start, row_name)("gradient", gradient[batch])
+    back = _Backward(model, inputs, batches, workspace, path, row_name)
+    reached = next((i for i in range(model.n_blocks) if workspace.has(_gradient(i), back.shape)), None)
+    if reached is None:
+        gradient, reached = back.at_head(seed), model.n_blocks
+    else:
+        gradient = workspace.tensor(_gradient(reached), back.shape)
+    for index in reversed(range(reached)):
+        gradient = back.through(index, gradient)
         progress("gradients", 2 * model.n_blocks - index, 2 * model.n_blocks)
+    for index in range(model.n_blocks):
+        information |= load_file(back.information(index))
     scale = _embedding_scale(model, rows[:1], inputs[0][:1])
     embedding = _second_moment((gradient[batch] for batch in batches), "embedding, gradients") * scale**2
-    for index in range(model.n_blocks + 1):
-        workspace.remove(f"input-{index}")
-    workspace.remove("gradient")
     found = Sensitivity(information, embedding, head_input, path)
     found.save()
+    back.remove()
     return found
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The way back through the blocks; what each has left is in files, whole or not there."""
+
+    model: Model
+    inputs: list[Tensor]
+    batches: list[slice]
+    workspace: Workspace
+    path: Path
+    row_name: Callable[[int], str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.inputs[-1].shape)
+
+    def information(self, index: int) -> Path:
+        """The file of a block's Fisher information."""
+        return self.workspace.directory / f"block-{index}-{self.path.name}"
+
+    def at_head(self, seed: int) -> Tensor:
+        """The gradient of the last hidden states."""
+        labels = self.model.sample_labels(self.inputs[-1], torch.Generator().manual_seed(seed))
+
+        def fill(gradient: Tensor) -> None:
+            for batch in self.batches:
+                gradient[batch] = self.model.head_backward(self.inputs[-1][batch], labels[batch]).cpu()
+
+        return self.workspace.whole(_gradient(self.model.n_blocks), self.shape, fill)
+
+    def through(self, index: int, after: Tensor) -> Tensor:
+        """The gradient of a block's input from that of its output, whose file goes."""
+
+        def fill(gradient: Tensor) -> None:
+            gradient.copy_(after)
+            found = _block_information(
+                self.model, index, self.inputs[index], gradient, self.batches, self.path
+            )
+            for batch in self.batches:
+                looking(f"block {index}", batch.start, self.row_name)("gradient", gradient[batch])
+            _save(found, self.information(index))
+
+        gradient = self.workspace.whole(_gradient(index), self.shape, fill)
+        self.workspace.remove(_gradient(index + 1))
+        return gradient
+
+    def remove(self) -> None:
+        for index in range(self.model.n_blocks + 1):
+            self.workspace.remove(_input(index))
+            self.workspace.remove(_gradient(index))
+            self.information(index).unlink(missing_ok=True)
+
+
+def _input(index: int) -> str:
+    """What goes into a block, or comes out of the last."""
+    return f"input-{index}"
+
+
+def _gradient(index: int) -> str:
+    """Its gradient."""
+    return f"gradient-{index}"
 
 
 def _second_moment(parts: Iterable[Tensor], what: str) -> Tensor:
@@ -168,14 +231,21 @@ def _block_inputs(
 ) -> list[Tensor]:
     """Hidden states (n, length, hidden_size) before each block and after the last."""
     shape = (*rows.shape, model.hidden_size)
-    states = [workspace.tensor(f"input-{index}", shape) for index in range(model.n_blocks + 1)]
-    for batch in batches:
-        states[0][batch] = model.embed(rows[batch]).cpu()
+
+    def embed(states: Tensor) -> None:
+        for batch in batches:
+            states[batch] = model.embed(rows[batch]).cpu()
+
+    states = [workspace.whole(_input(0), shape, embed)]
     for index in range(model.n_blocks):
-        with model.block(index) as block:
-            for batch in batches:
-                look = looking(f"block {index}", batch.start, row_name)
-                states[index + 1][batch] = block.forward(states[index][batch], _only(look)).cpu()
+
+        def run(after: Tensor, index: int = index) -> None:
+            with model.block(index) as block:
+                for batch in batches:
+                    look = looking(f"block {index}", batch.start, row_name)
+                    after[batch] = block.forward(states[index][batch], _only(look)).cpu()
+
+        states.append(workspace.whole(_input(index + 1), shape, run))
         progress("gradients", index + 1, 2 * model.n_blocks)
     for batch in batches:
         looking("the last block", batch.start, row_name)("output", states[-1][batch])

@@ -30,6 +30,9 @@ SLOW = [
     "*sensitivity.safetensors written:9",
     "*-sensitivity.safetensors rename:15",
     "measurement.partial.json part:2",  # *
+    "input-1 written:1",
+    "gradient-1 written:1",
+    "block-1-*sensitivity.safetensors part:1",  # *
     "states written:1",
     "states.json part:1",  # *
     "states.json written:2",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from exlq.models.block import Block
 from exlq.numerics import coupling
 from exlq.pipeline import sensitivity
 from exlq.pipeline.progress import silent
@@ -212,3 +214,39 @@ def test_the_coupling_is_the_second_moment_of_autograds_gradients(
 def test_the_head_has_no_coupling(llama: Path, tmp_path: Path, rows: Tensor) -> None:
     found = sensitivity.fisher(opened(llama), rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
     assert found.coupling("lm_head", torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("stop", range(1, 4))
+def test_an_interrupted_pass_goes_on_after_the_last_block(llama: Path, tmp_path: Path, stop: int) -> None:
+    rows = torch.randint(4, 260, (4, 32), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = sensitivity.fisher(
+        opened(llama), rows, Workspace(tmp_path / "whole"), SEED, tmp_path / "whole" / FILE, silent
+    )
+
+    def stopped(stage: str, done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    parts = Workspace(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity.fisher(opened(llama), rows, parts, SEED, tmp_path / "parts" / FILE, stopped)
+    model = opened(llama)
+    backward, back = Block.backward, list[int]()
+
+    def counted(self: Block, *given: Any) -> Tensor:
+        back.append(1)
+        return backward(self, *given)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Block, "backward", counted)
+        found = sensitivity.fisher(model, rows, parts, SEED, tmp_path / "parts" / FILE, silent)
+    assert len(back) == model.n_blocks - max(0, stop - model.n_blocks)
+    for key, tensor in whole.outputs.items():
+        assert torch.equal(found.outputs[key], tensor), key
+    assert torch.equal(found.embedding, whole.embedding)
+    assert torch.equal(found.head_input, whole.head_input)
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
