@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from exlq import faults
 from exlq.pipeline.config import ConvertConfig
@@ -58,7 +59,7 @@ SLOW = [
 
 
 def command(model: Path, out: Path, ids: Path, *more: str) -> list[str]:
-    where = ["-i", str(model), "-o", str(out), "-c", str(ids)]
+    where = ["-i", str(model), "-o", str(out), "-c", str(ids), "--threads", str(torch.get_num_threads())]
     return [sys.executable, "-m", "exlq", "convert", "-q", *where, "-b", "5.0", *SMALL_FLAGS, *more]
 
 
