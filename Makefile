@@ -23,7 +23,7 @@ test: .venv/installed
 	@echo "installing the versions of constraints.txt into .venv; torch is large"
 	$(PIP) pip setuptools
 	$(PIP) torch==2.13.0
-	$(PIP) --no-build-isolation -e '.[test,eval]'
+	$(PIP) --no-build-isolation -e '.[test,eval,ray]'
 	@touch $@
 
 clean:

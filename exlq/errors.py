@@ -8,6 +8,7 @@ ExlqError
 │   ├── MeasurementError  a measurement.json that is broken or of something else
 │   └── TargetError       a target no allocation reaches
 ├── HessianError          a Hessian that cannot be factored
+├── WorkerError           workers that are lost and cannot be replaced
 ├── FormatError           stored tensors that break the rules of their format
 └── VerifyError           what was written is not what was meant
 
@@ -48,6 +49,10 @@ class TargetError(InputError):
 
 class HessianError(ExlqError):
     """A Hessian that cannot be factored."""
+
+
+class WorkerError(ExlqError):
+    """Workers that are lost and cannot be replaced."""
 
 
 class FormatError(ExlqError):

@@ -10,15 +10,14 @@ through all blocks on 1024 tokens, measurement and quantization of the first blo
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for its neighbours, as a file run by path
 
 from exlq.formats.exl2_codec import Exl2Codec
 from exlq.measurement import Measurement
@@ -27,11 +26,13 @@ from exlq.pipeline import measure, quantize, sensitivity
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import silent
+from exlq.pipeline.rounding import Rounding
 from exlq.pipeline.state import machine
 from exlq.workspace import Workspace
+from scripts.random_llama import Shape, write_model
 
 CODEC = Exl2Codec()
-HIDDEN, INNER, BLOCKS, HEADS, KEY_HEADS, VOCABULARY = 2048, 5632, 22, 32, 4, 32000
+SHAPE = Shape(hidden=2048, inner=5632, heads=32, key_heads=4, blocks=22, vocabulary=32000)
 BOUND_BYTES = 2_500_000_000
 
 
@@ -51,7 +52,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="exlq-bench-") as scratch:
         model_dir, work = Path(scratch, "model"), Path(scratch, "work")
         work.mkdir()
-        write_model(model_dir)
+        write_model(model_dir, SHAPE, SHAPE.blocks)
         config = ConvertConfig(
             in_dir=model_dir,
             out_dir=Path(scratch, "out"),
@@ -83,81 +84,11 @@ def run(plan: Plan, blocks: int, workspace: Workspace) -> int:
     options = {spec.key: CODEC.options(spec)[13] for spec in plan.linears}
     options[plan.model.head.key] = CODEC.head_option(plan.model.head, 6)
     with timed(f"quantizing {blocks} blocks") as watched:
-        rounding = quantize.Rounding(plan, CODEC, options, fisher)
+        rounding = Rounding(plan, CODEC, options, fisher)
         passes = quantize.quantized_linears(rounding, workspace, StopAfter(blocks))
         run_until_enough(lambda: [spec for spec, _ in passes])
     peaks.append(watched.memory.bytes)
     return max(peaks)
-
-
-def write_model(directory: Path) -> None:
-    """config.json, a one-letter tokenizer and one shard per block, random in bf16."""
-    directory.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    write_tokenizer(directory)
-    index: dict[str, str] = {}
-    ends = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "lm_head.weight": (VOCABULARY, HIDDEN)}
-    write_shard(directory, "ends.safetensors", ends | {"model.norm.weight": (HIDDEN,)}, index)
-    for block in range(BLOCKS):
-        write_shard(directory, f"block-{block}.safetensors", block_shapes(f"model.layers.{block}"), index)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-
-
-def block_shapes(prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of one block's tensors."""
-    keys = HIDDEN * KEY_HEADS // HEADS
-    return {
-        f"{prefix}.input_layernorm.weight": (HIDDEN,),
-        f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
-        f"{prefix}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        f"{prefix}.self_attn.k_proj.weight": (keys, HIDDEN),
-        f"{prefix}.self_attn.v_proj.weight": (keys, HIDDEN),
-        f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        f"{prefix}.mlp.gate_proj.weight": (INNER, HIDDEN),
-        f"{prefix}.mlp.up_proj.weight": (INNER, HIDDEN),
-        f"{prefix}.mlp.down_proj.weight": (HIDDEN, INNER),
-    }
-
-
-def write_shard(
-    directory: Path, name: str, shapes: dict[str, tuple[int, ...]], index: dict[str, str]
-) -> None:
-    generator = torch.Generator().manual_seed(len(index))
-    tensors = {
-        key: (
-            torch.ones(shape)
-            if len(shape) == 1
-            else torch.randn(shape, generator=generator) * shape[1] ** -0.5
-        ).bfloat16()
-        for key, shape in shapes.items()
-    }
-    save_file(tensors, directory / name)
-    index.update(dict.fromkeys(tensors, name))
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Every byte a token: enough to make rows of the bundled calibration text."""
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 class StopAfter:

@@ -25,7 +25,7 @@ from exlq.memory import PeakMemory
 from exlq.numerics import hessian
 from exlq.numerics.hessian import Factor
 from exlq.numerics.threads import in_parallel
-from exlq.pipeline import trial
+from exlq.pipeline import parts, trial
 from exlq.types import LinearSpec, Option
 
 CODEC = Exl2Codec()
@@ -75,7 +75,8 @@ def attempt(spec: LinearSpec, options: Sequence[Option], weight: Tensor, covaria
     def sweep(batch: Sequence[Option]) -> int:
         return sum(1 for _ in trial.sweeps(CODEC, spec, batch, weight, factor))
 
-    in_parallel(sweep, list(trial.option_batches(options, spec.in_features)), weight.device)
+    batches = list(parts.option_batches(options, spec.in_features, weight.device))
+    in_parallel(sweep, batches, weight.device)
 
 
 def pair(
@@ -97,14 +98,15 @@ def search(spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: 
     """The scale searches of all groups of all options, on the unrounded weights."""
 
     def open_groups(batch: Sequence[Option]) -> None:
-        for rows in trial.parts(weight, factor.perm, len(batch)):
+        for rows in parts.parts(weight, factor.perm, len(batch)):
             turned = weight[rows].T[factor.perm].contiguous()
             grid = CODEC.grid(spec, batch, factor, turned, None)
             current = turned.unsqueeze(1).expand(-1, len(batch), -1)
             for column in range(0, spec.in_features, 32):
                 grid.open(column, current[column:])
 
-    in_parallel(open_groups, list(trial.option_batches(options, spec.in_features)), weight.device)
+    batches = list(parts.option_batches(options, spec.in_features, weight.device))
+    in_parallel(open_groups, batches, weight.device)
 
 
 def made_linear(size: int) -> tuple[Tensor, Tensor]:

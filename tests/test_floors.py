@@ -61,7 +61,8 @@ NEIGHBOURS = {
     ("cli", "report"),
     ("__main__", "cli"),
 }
-HEAVY = {"transformers", "pyarrow", "matplotlib", "rich", "exllamav2", "xllamacpp"}
+COMPILED = ("exlq.numerics.compiled", "exlq.numerics.triton_")  # import numba and triton
+HEAVY = {"transformers", "pyarrow", "matplotlib", "rich", "exllamav2", "xllamacpp", "ray"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 
@@ -148,7 +149,7 @@ def test_only_heavy_optional_libraries_are_imported_inside_functions(path: Path)
         for function in functions(ast.parse(path.read_text(encoding="utf-8")))
         for node in imports_in(function)
         for name in imported(node, path)
-        if not name.startswith("exlq.numerics.compiled")  # imports numba
+        if not name.startswith(COMPILED)
     }
     assert inner <= HEAVY, f"move the import of {sorted(inner - HEAVY)} to the top of the file"
 
@@ -187,12 +188,12 @@ def test_only_the_command_line_prints(path: Path) -> None:
         ("exlq.formats.gguf.recipes, exlq.formats.gguf.header", ["torch", "transformers", "pyarrow"]),
         ("exlq.models.families, exlq.models.config", ["torch", "transformers", "pyarrow"]),
         ("exlq.formats.exl2_options, exlq.checkpoint.hashes", ["torch", "transformers", "pyarrow"]),
-        ("exlq.numerics", ["transformers", "scipy", "pyarrow", "numba"]),
+        ("exlq.numerics", ["transformers", "scipy", "pyarrow", "numba", "triton"]),
     ],
 )
 def test_a_low_floor_loads_no_heavy_library(module: str, absent: list[str]) -> None:
     stems = sorted(path.stem for path in (PACKAGE / "numerics").glob("[a-z]*.py"))
-    loaded = (stem for stem in stems if not stem.startswith("compiled"))  # those are when they are used
+    loaded = (stem for stem in stems if not f"exlq.numerics.{stem}".startswith(COMPILED))  # when used
     packages = [f"exlq.numerics.{stem}" for stem in loaded]
     names = [module, *packages] if module == "exlq.numerics" else [module]
     code = f"import sys, {', '.join(names)}; print([n for n in {absent!r} if n in sys.modules])"

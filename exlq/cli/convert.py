@@ -18,6 +18,7 @@ from exlq.pipeline import job
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.estimate import estimate
 from exlq.report import tables
+from exlq.report.profile import profile_table
 from exlq.sizes import parse_bytes
 from exlq.sizing.advice import writable
 from exlq.sizing.fitting import Room, default_context, largest_bits
@@ -34,6 +35,7 @@ def run(parsed: argparse.Namespace, screen: Screen) -> None:
         if config.clean:
             done = job.cleaned(config, done)
         screen.tell("This conversion is finished; -nr does it again.")
+        _tell_profile(done if config.profile else {}, screen)
         screen.show(tables.summary_table(done), done)
         return
     started = job.begin(config, screen, shlex.join(sys.argv))
@@ -44,9 +46,18 @@ def run(parsed: argparse.Namespace, screen: Screen) -> None:
     summary = job.run(started)
     if summary is None:
         made = str(config.output_measurement)
-        screen.show(f"measurement: {made}", {"measurement": made})
+        found = started.plan.profile.found()
+        told = {} if found is None else {"profile": found.as_json()}
+        _tell_profile(told, screen)
+        screen.show(f"measurement: {made}", {"measurement": made, **told})
     else:
+        _tell_profile(summary, screen)
         screen.show(tables.summary_table(summary), summary)
+
+
+def _tell_profile(told: Mapping[str, Any], screen: Screen) -> None:
+    if "profile" in told:
+        screen.tell(profile_table(told["profile"]))
 
 
 def _rehearse(config: ConvertConfig, screen: Screen) -> None:
@@ -108,8 +119,10 @@ def _config(parsed: argparse.Namespace, screen: Screen) -> ConvertConfig:
         seed=parsed.seed,
         threads=parsed.threads,
         device=parsed.device,
+        workers=parsed.workers,
         objective=parsed.objective,
         permute_mlp=parsed.permute_mlp,
+        profile=parsed.profile,
     )
 
 

@@ -87,5 +87,7 @@ def _arrange_screen(group: argparse._ArgumentGroup) -> None:
 
 def _nearest(name: str, known: Any) -> str:
     names: Sequence[str] = list(known)
-    found = difflib.get_close_matches(name.partition("=")[0], names, n=1, cutoff=0.5)
+    given = name.partition("=")[0]
+    longer = [each for each in names if each.startswith(given)]
+    found = longer or difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""

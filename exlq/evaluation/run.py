@@ -24,6 +24,7 @@ from exlq.formats.exl2_directory import Exl2Weights, is_exl2
 from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.names import LLAMA_CPP, TORCH
+from exlq.numerics.precision import exact_products, quick_products
 from exlq.types import Weights
 from exlq.workspace import Workspace
 
@@ -83,6 +84,7 @@ def evaluate(
     return evaluate_all([model_dir], base_dir, text, scratch, settings)[0].found
 
 
+@quick_products()
 def evaluate_all(
     models: Sequence[Path], base: Path, text: Path, scratch: Path, settings: Settings
 ) -> list[Evaluation]:
@@ -130,6 +132,8 @@ def usable_device(name: str) -> torch.device:
         float(torch.zeros(1, device=device)[0])
     except (RuntimeError, AssertionError) as exc:
         raise ConfigError(f"--device {name}: torch cannot use it here; cpu always works") from exc
+    if device.type == "cuda":
+        exact_products()
     return device
 
 

@@ -78,7 +78,7 @@ class Exl2Codec:
         weight: Tensor,
         rounded: Rounded,
     ) -> tuple[Exl2Grid, Rounded]:
-        if factor.hessian is None:
+        if factor.curvature is None:
             return grid, rounded
         layouts = [groups_of(option.qparams, spec.in_features) for option in options]
         return descended(layouts, grid, factor, weight, rounded)

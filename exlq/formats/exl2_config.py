@@ -31,6 +31,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from exlq.errors import ModelError
+from exlq.formats.exl2_experts import require_readable_experts
 
 # fmt: off
 KNOWN_ARCHITECTURES: Final = frozenset({
@@ -55,9 +56,12 @@ _READ_KEYS = (
     "intermediate_size",
     "max_position_embeddings",
     "mlp_bias",
+    "moe_intermediate_size",
     "num_attention_heads",
+    "num_experts_per_tok",
     "num_hidden_layers",
     "num_key_value_heads",
+    "num_local_experts",
     "query_pre_attn_scalar",
     "rms_norm_eps",
     "sliding_window",
@@ -108,6 +112,7 @@ def exl2_config(
     """
     require_known(architecture)
     read = _as_transformers_reads(source)
+    require_readable_experts(read, architecture)
     written = {key: copy.deepcopy(value) for key, value in source.items() if key not in _REPLACED}
     for key in _READ_KEYS:
         if written.get(key) is None and getattr(read, key, None) is not None:

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from exlq.formats import exl2
 from exlq.formats.exl2_grid import Exl2Grid
-from exlq.numerics.descent import Lattice, descend, runs_of
+from exlq.numerics.descent import Lattice, descend, row_parts
 from exlq.numerics.hessian import Factor
 from exlq.numerics.rounding import Rounded
 from exlq.numerics.threads import in_parallel
 from exlq.types import Group
 
 ROUNDS = 3  # each takes off less than the one before
-ROWS_AT_ONCE = 512
 ROOT_MOVES = (0, -1, 1)
 
 
@@ -47,20 +46,19 @@ def descended(
 
     `rounded` and the codes of `grid` are modified.
     """
-    assert factor.hessian is not None
-    hessian = factor.hessian[factor.perm][:, factor.perm].contiguous()
-    hessian.diagonal().add_(factor.ridge)
+    curvature = factor.curvature
+    assert curvature is not None
+    hessian = curvature.ordered()
     for index, groups in enumerate(layouts):
-        runs = runs_of(hessian, [group.size for group in groups])
+        runs = curvature.runs((group.size for group in groups), ordered=True)
         codes, values = grid.codes[index], rounded.values[:, index]
 
         def walked(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
             moves = GroupMoves(groups, grid.multipliers[index], codes[:, rows].clone())  # noqa: B023
             part = weight[:, rows].contiguous(), values[:, rows].contiguous()  # noqa: B023
-            return *descend(*part, hessian, runs, moves, ROUNDS), moves.codes  # noqa: B023
+            return *descend(*part, hessian, runs, moves, ROUNDS, factor.ridge), moves.codes  # noqa: B023
 
-        starts = range(0, weight.shape[1], ROWS_AT_ONCE)
-        parts = in_parallel(walked, [slice(s, s + ROWS_AT_ONCE) for s in starts], weight.device)
+        parts = in_parallel(walked, row_parts(weight.shape[1], weight.device), weight.device)
         better, energies, changed = zip(*parts, strict=True)
         rounded.values[:, index] = torch.cat(better, 1)
         rounded.energy[index] = torch.cat(energies)

@@ -212,7 +212,9 @@ def _out_features(config: Mapping[str, Any]) -> dict[str, int]:
     """Output features by the last part of a linear's name, of those config.json gives."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     inner, vocab = config.get("intermediate_size"), config.get("vocab_size")
+    inner = config.get("moe_intermediate_size") or inner
     found = {"o_proj": hidden, "down_proj": hidden, "gate_proj": inner, "up_proj": inner, "lm_head": vocab}
+    found |= {"w1": inner, "w2": hidden, "w3": inner}
     if hidden and heads:
         head_dim = config.get("head_dim") or hidden // heads
         shared = (config.get("num_key_value_heads") or heads) * head_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class GgufCodec:
         # What an error costs lies between H's diagonal, if no other channel answers, and the pivot, if
         # all later ones do.
         importance = (factor.pivots * factor.diagonal()).sqrt()[factor.perm.argsort()]
-        search = "best" if factor.hessian is None else "fast"  # a descent follows that finds more
+        search = "best" if factor.curvature is None else "fast"  # a descent follows that finds more
         try:
             return StaticGrid(
                 [_fitted(BLOCK_TYPES[name], turned, importance, search) for name in names], factor.perm
@@ -92,7 +93,7 @@ class GgufCodec:
         weight: Tensor,
         rounded: Rounded,
     ) -> tuple[StaticGrid | FloatGrid, Rounded]:
-        if factor.hessian is None or isinstance(grid, FloatGrid):
+        if factor.curvature is None or isinstance(grid, FloatGrid):
             return grid, rounded
         kinds = [BLOCK_TYPES[type_of(option).name] for option in options]
         return descended(kinds, grid, factor, weight, rounded)
@@ -123,9 +124,11 @@ class GgufCodec:
         )
         for rows, grid in parts:
             assert isinstance(grid, StaticGrid)
-            stored: Fields = grid.options[0].fields
-            packed = BLOCK_TYPES[kind.name].pack(replace(stored, levels=natural[rows].to(torch.int16).cpu()))
-            blocks[rows.cpu()] = packed
+            stored: Fields = replace(grid.options[0].fields, levels=natural[rows].to(torch.int16))
+            near: dict[str, Any] = {
+                name: held if held is None else held.cpu() for name, held in vars(stored).items()
+            }
+            blocks[rows.cpu()] = BLOCK_TYPES[kind.name].pack(Fields(**near))
         return {"blocks": blocks}
 
     def unpack(self, tensors: Mapping[str, Tensor], spec: LinearSpec, option: Option) -> Tensor:

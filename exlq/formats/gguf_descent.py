@@ -10,14 +10,13 @@ from torch import Tensor
 
 from exlq.formats.gguf_blocks.block import BlockType, Fields
 from exlq.formats.gguf_moves import BlockMoves
-from exlq.numerics.descent import Run, descend, runs_of
-from exlq.numerics.hessian import Factor
+from exlq.numerics.descent import descend, row_parts
+from exlq.numerics.hessian import Curvature, Factor
 from exlq.numerics.rounding import Rounded
 from exlq.numerics.static_grid import Affine, StaticGrid
 from exlq.numerics.threads import in_parallel
 
 ROUNDS = 3  # each takes off less than the one before
-ROWS_AT_ONCE = 512
 WITHOUT_GAIN = ("Q8_0",)  # so fine that scales hardly matter
 
 
@@ -28,21 +27,16 @@ def descended(
 
     `rounded` is modified.
     """
-    assert factor.hessian is not None
+    curvature = factor.curvature
+    assert curvature is not None
     inverse = factor.perm.argsort()
-    hessian = factor.hessian.clone()
-    hessian.diagonal().add_(factor.ridge)
     natural = weight[inverse]
-    runs: dict[int, list[Run]] = {}
     options = list(grid.options)
     for index, kind in enumerate(kinds):
         if kind.name in WITHOUT_GAIN:
             continue
-        run = kind.sub_block or kind.block_size
-        if run not in runs:
-            runs[run] = runs_of(hessian, [run] * (len(weight) // run))
         values, energy, fields = _one(
-            kind, options[index].fields, natural, rounded.values[:, index][inverse], hessian, runs[run]
+            kind, options[index].fields, natural, rounded.values[:, index][inverse], curvature
         )
         options[index] = affine(kind, fields, weight.device)
         rounded.values[:, index] = values[factor.perm]
@@ -70,25 +64,22 @@ def affine(kind: BlockType, fields: Fields, device: torch.device) -> Affine:
 
 
 def _one(
-    kind: BlockType, fields: Fields, weight: Tensor, values: Tensor, hessian: Tensor, runs: list[Run]
+    kind: BlockType, fields: Fields, weight: Tensor, values: Tensor, curvature: Curvature
 ) -> tuple[Tensor, Tensor, Fields]:
     """Values (in_features, rows), their energies (rows,) and fields of one type, rows walked in parts."""
 
+    run = kind.sub_block or kind.block_size
+    runs = curvature.runs([run] * (len(weight) // run), ordered=False)
+
     def walked(rows: slice) -> tuple[Tensor, Tensor, Fields]:
-        moves = BlockMoves(kind, _rows_of(fields, rows))
+        moves = BlockMoves(kind, fields.of_rows(rows))
         part = weight[:, rows].contiguous(), values[:, rows].contiguous()
-        better, energy = descend(*part, hessian, runs, moves, ROUNDS)
+        better, energy = descend(*part, curvature.natural, runs, moves, ROUNDS, curvature.ridge)
         return better, energy, moves.fields()
 
-    starts = range(0, weight.shape[1], ROWS_AT_ONCE)
-    parts = in_parallel(walked, [slice(s, s + ROWS_AT_ONCE) for s in starts], weight.device)
+    parts = in_parallel(walked, row_parts(weight.shape[1], weight.device), weight.device)
     better, energies, changed = zip(*parts, strict=True)
     return torch.cat(better, 1), torch.cat(energies), _joined(changed)
-
-
-def _rows_of(fields: Fields, rows: slice) -> Fields:
-    named: dict[str, Any] = {n: None if v is None else v[rows] for n, v in vars(fields).items()}
-    return Fields(**named)
 
 
 def _joined(parts: Sequence[Fields]) -> Fields:

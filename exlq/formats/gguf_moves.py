@@ -61,7 +61,7 @@ class BlockMoves:
             changed["scales"] = self._scales.to(torch.int8)
             if self._mins is not None:
                 changed["mins"] = self._mins.to(torch.int8)
-        return replace(self._given, **{name: held.T.contiguous().cpu() for name, held in changed.items()})
+        return replace(self._given, **{name: held.T.contiguous() for name, held in changed.items()})
 
     def _lattice(self, step: Tensor, offset: Tensor) -> Lattice:
         levels = self._kind.levels

@@ -20,7 +20,7 @@ from exlq.formats.gguf.header import BrokenHeaderError, Header, Listed, read_hea
 from exlq.formats.gguf.values import KeyValue
 from exlq.inspect.measured import chosen
 from exlq.inspect.record import Entry, Inspection
-from exlq.sizing.shapes import FILE_LINEARS
+from exlq.sizing.tables import FILE_LINEARS
 
 SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf")
 BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
@@ -29,7 +29,15 @@ KEYS = {
 }
 ENDS = {"token_embd.weight": "model.embed_tokens", "output.weight": "lm_head"}
 MOST_ITEMS, MOST_CHARACTERS = 8, 300  # of a metadata value that are shown
-SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size")
+SIZES = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "expert_count",
+    "expert_used_count",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)

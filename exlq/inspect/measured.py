@@ -14,6 +14,7 @@ from exlq.names import FORMATS
 
 SHOWN_BITS = (3, 4, 5)  # at which errors are shown
 NEAR_BITS = 0.5  # an option so far off is not "about"
+SHOWN_EXPERTS = 5  # of fewest tokens
 SORTED_AT = 4  # bits whose error stands for the linear
 
 
@@ -29,6 +30,7 @@ def inspect_measurement(path: Path) -> Inspection:
         "options": sum(len(linear.options) for linear in record.linears),
         "weights": sum(linear.numel for linear in record.linears),
         **{name: _plain(record.extra[name]) for name in ("made_with",) if name in record.extra},
+        **_coverage(record),
         **_evaluations(record),
     }
     entries = tuple(
@@ -58,6 +60,17 @@ def _entries(linear: LinearRecord, name: str) -> list[Entry]:
             ways=Ways(len(options), min(bits), max(bits), errors),
         )
     ]
+
+
+def _coverage(record: Measurement) -> dict[str, str]:
+    """How many of the calibration's tokens go to each expert: the mean, and those of the fewest."""
+    told = record.extra.get("experts")
+    if not isinstance(told, dict) or not told:
+        return {}
+    counts = sorted((n, block, expert) for block, own in told.items() for expert, n in enumerate(own))
+    fewest = "; ".join(f"{block}, {expert} ({n:,})" for n, block, expert in counts[:SHOWN_EXPERTS])
+    mean = sum(n for n, _, _ in counts) / len(counts)
+    return {"experts": f"{len(counts)}, {mean:,.0f} tokens each on average, fewest: {fewest}"}
 
 
 def _evaluations(record: Measurement) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def inspect_model(directory: Path) -> Inspection:
         "architecture": str(config.get("architectures")).strip("[]'"),
         **known,
         **_sizes(stored, shape),
+        **_experts(shape),
         **{name: config[key] for name, key in SETTINGS.items() if config.get(key) is not None},
         "tokenizer": next((name for name in TOKENIZERS if (directory / name).is_file()), "none"),
     }
@@ -107,6 +108,15 @@ def _sizes(stored: Mapping[str, Stored], shape: ModelShape | None) -> dict[str, 
     if shape is not None:
         facts["parameters of the decoder's linears"] = shape.numel
     return facts
+
+
+def _experts(shape: ModelShape | None) -> dict[str, str]:
+    """What the blocks have in place of one MLP."""
+    if shape is None or not shape.sparse.count:
+        return {}
+    sparse = shape.sparse
+    beside = f", beside one of {sparse.shared} channels" if sparse.shared else ""
+    return {"experts": f"{sparse.count} of {sparse.width} channels, {sparse.per_token} to a token{beside}"}
 
 
 def _contradictions(shape: ModelShape, stored: Mapping[str, Stored]) -> Iterator[str]:

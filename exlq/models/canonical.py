@@ -15,10 +15,15 @@ from exlq.types import Weights
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a canonical tensor is stored: the whole of `key`, or `rows` of it."""
+    """Where a canonical tensor is stored: the whole of `key`, or `rows` of it, or of matrix `expert` in it.
+
+    `whole` is the shape of such a tensor of matrices.
+    """
 
     key: str
     rows: slice | None = None
+    expert: int | None = None
+    whole: tuple[int, ...] = ()
 
 
 class CanonicalWeights:
@@ -51,6 +56,7 @@ class CanonicalWeights:
         """Shape without reading the data; raises ModelError for an unknown key."""
         place = self._place(key)
         shape = self._weights.shape(place.key)
+        shape = shape if place.expert is None else shape[1:]
         return shape if place.rows is None else (place.rows.stop - place.rows.start, *shape[1:])
 
     def dtype(self, key: str) -> torch.dtype:
@@ -61,6 +67,11 @@ class CanonicalWeights:
         place = self._place(key)
         if place.rows is None:
             return self._weights.read(place.key, rows)
+        if place.expert is not None:
+            (matrix,) = self._weights.read(place.key, slice(place.expert, place.expert + 1))
+            picked = _within(place.rows, rows)
+            found: Tensor = matrix[picked.cpu() if isinstance(picked, Tensor) else picked]
+            return found
         return self._weights.read(place.key, _within(place.rows, rows))
 
     def _place(self, key: str) -> _Place:
@@ -80,11 +91,16 @@ def _within(outer: slice, rows: slice | Tensor | None) -> slice | Tensor:
 
 
 def _candidates(name: str, layout: Layout) -> Iterator[_Place]:
-    """Where a tensor may be, best first: its own name, a fused matrix, an older name, the tied matrix."""
+    """Where a tensor may be, best first: its own name, fused with others, another name, the tied matrix."""
     yield _Place(name)
     if name in layout.fused:
         key, rows = layout.fused[name]
         yield _Place(key, rows)
+    if name in layout.stacked:
+        stacked = layout.stacked[name]
+        yield _Place(stacked.key, stacked.rows, stacked.expert, stacked.shape)
+    if name in layout.named:
+        yield _Place(layout.named[name])
     if name in layout.older:
         yield _Place(layout.older[name])
     if name in layout.tied:
@@ -93,7 +109,9 @@ def _candidates(name: str, layout: Layout) -> Iterator[_Place]:
 
 def _check(weights: Weights, place: _Place, layout: Layout, shape: tuple[int, ...]) -> None:
     found, wanted = weights.shape(place.key), shape
-    if place.rows is not None:
+    if place.expert is not None:
+        wanted = place.whole
+    elif place.rows is not None:
         wanted = (layout.fused_rows[place.key], *shape[1:])
     if found != wanted:
         raise ModelError(f"{place.key} has the shape {found}; config.json wants {wanted}")

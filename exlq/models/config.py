@@ -20,6 +20,12 @@ MOST = {
     "head_dim": 1 << 14,
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "shared_expert_intermediate_size": 1 << 20,
+    "num_experts": 1 << 12,
+    "num_local_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 12,
+    "decoder_sparse_step": 1 << 10,
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
     "original_max_position_embeddings": 1 << 30,
@@ -31,6 +37,7 @@ GROUPS: dict[str, type] = {
     "long_factor": list,
     "short_factor": list,
     "layer_types": list,
+    "mlp_only_layers": list,
 }
 NUMBERS = (
     "rms_norm_eps",

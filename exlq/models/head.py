@@ -8,15 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from exlq.models.layout import HEAD_KEY
 from exlq.models.skeleton import Returns, swapped
 from exlq.types import Weights
 
 _WEIGHT_BYTES = 64 << 20
+_GPU_SHARE = 16  # the part of a GPU's memory that lm_head may take
 _LOGITS_BYTES = 128 << 20  # a backward pass holds a few arrays of this size
 _FLOAT_BYTES = 4
+
+
+def _weight_bytes(device: torch.device) -> int:
+    """Of lm_head that are held at once: on a GPU, where reading would take longest, mostly all of it."""
+    if device.type != "cuda":
+        return _WEIGHT_BYTES
+    return max(_WEIGHT_BYTES, torch.cuda.get_device_properties(device).total_memory // _GPU_SHARE)
 
 
 class Head:
@@ -27,7 +35,7 @@ class Head:
         self._weights = weights
         self._device = device
         self._vocab_size, hidden_size = weights.shape(f"{HEAD_KEY}.weight")
-        self._chunk_rows = max(1, _WEIGHT_BYTES // (_FLOAT_BYTES * hidden_size))
+        self._chunk_rows = max(1, _weight_bytes(device) // (_FLOAT_BYTES * hidden_size))
         self._chunk_tokens = max(1, _LOGITS_BYTES // (_FLOAT_BYTES * self._vocab_size))
         self._held: tuple[int, Tensor] | None = None
 
@@ -97,13 +105,14 @@ class Head:
         for start in range(0, self._vocab_size, self._chunk_rows):
             rows = slice(start, min(start + self._chunk_rows, self._vocab_size))
             if self._held is None or self._held[0] != start:
+                self._held = None
                 weight = self._weights.read(f"{HEAD_KEY}.weight", rows)
-                self._held = (start, weight.to(self._device, torch.float32))
+                self._held = (start, weight.to(self._device).to(torch.float32))
             yield rows, self._held[1]
 
     def _finish(self, raw: Tensor) -> Tensor:
         """What the real forward does to (tokens, vocab) after lm_head, run with stand-ins for all before."""
-        backbone = Returns(BaseModelOutputWithPast(last_hidden_state=raw.unsqueeze(0)))
+        backbone = Returns(MoeModelOutputWithPast(last_hidden_state=raw.unsqueeze(0)))
         with swapped(self._skeleton, model=backbone, lm_head=Returns(raw.unsqueeze(0))):
             logits: Tensor = self._skeleton(inputs_embeds=raw, use_cache=False).logits
         return logits.squeeze(0)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from exlq import memory
+from exlq.models.ahead import ReadAhead, moved
 from exlq.models.block import Block
 from exlq.models.calls import Call, record_calls
 from exlq.models.canonical import CanonicalWeights
-from exlq.models.family import Family
+from exlq.models.family import Family, Stage
 from exlq.models.finite import FiniteWeights
 from exlq.models.head import Head
 from exlq.models.layout import EMBEDDING_KEY, HEAD_KEY, NORM_KEY, Layout, Linear, block_key
@@ -42,6 +43,8 @@ class Model:
         self._given = weights
         self._canonical = CanonicalWeights(weights, layout)
         self.weights: Weights = FiniteWeights(self._canonical)
+        self._ahead = ReadAhead(self.weights, self._canonical, device)
+        self._last_block = -1
         self._skeleton = skeleton
         self._layout = layout
         self._calls: dict[tuple[int, int], tuple[Call, ...]] = {}
@@ -77,6 +80,11 @@ class Model:
         return self._canonical.tied
 
     @property
+    def routes(self) -> bool:
+        """Whether tokens go to experts: small errors may then send one elsewhere, which no gradient tells."""
+        return any(stage.expert is not None for stages in self._layout.stages for stage in stages)
+
+    @property
     def embedding_key(self) -> str:
         return EMBEDDING_KEY
 
@@ -91,6 +99,10 @@ class Model:
     def linears(self, index: int) -> tuple[Linear, ...]:
         """The linears of block `index`, in true sequence."""
         return self._layout.blocks[index]
+
+    def share(self, spec: LinearSpec) -> float:
+        """The part of all tokens that reaches a linear, on average."""
+        return self.family.share(lambda key: getattr(self.config, key, None), spec.key)
 
     def linear_weight(self, key: str) -> Tensor:
         """(out_features, in_features) in the stored dtype."""
@@ -137,12 +149,30 @@ class Model:
         self._open_block = index
         try:
             self._load(module, block_key(index))
-            linears = self._layout.blocks[index]
-            yield Block(module, linears, self.family, lambda *shape: self._call(shape)[index], self.device)
+            self._expect_after(index)
+            linears, stages = self._layout.blocks[index], self._layout.stages[index]
+            yield Block(module, linears, stages, lambda *shape: self._call(shape)[index], self.device)
         finally:
             _drop(module)
             self._open_block = None
             memory.release()
+
+    @contextmanager
+    def part(self, index: int, path: str) -> Iterator[nn.Module]:
+        """The module at `path` of block `index` alone, with its weights, dropped at the end of the `with`."""
+        assert self._open_block is None, f"block {self._open_block} is still open"
+        module: nn.Module = self._skeleton.model.layers[index].get_submodule(path)
+        self._open_block = index
+        try:
+            self._load(module, f"{block_key(index)}.{path}")
+            yield module
+        finally:
+            _drop(module)
+            self._open_block = None
+
+    def stages(self, index: int) -> tuple[Stage, ...]:
+        """The stages of block `index`, in true sequence."""
+        return self._layout.stages[index]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What lm_head receives for the last block's output, (…, hidden_size)."""
@@ -170,14 +200,22 @@ class Model:
             self._calls[shape] = record_calls(self._skeleton, inputs_embeds=zeros)
         return self._calls[shape]
 
+    def _expect_after(self, index: int) -> None:
+        """Blocks are walked one after the other, forth or back: the one that is next is read ahead."""
+        following = index + 1 if index > self._last_block else index - 1
+        self._last_block = index
+        if 0 <= following < self.n_blocks:
+            parameters = self._skeleton.model.layers[following].named_parameters()
+            names = (f"{block_key(following)}.{name}" for name, _ in parameters)
+            self._ahead.expect(part for name in names for part in self._layout.sources(name))
+
     def _load(self, module: nn.Module, prefix: str) -> None:
         state = {name: self._parameter(f"{prefix}.{name}") for name, _ in module.named_parameters()}
         module.load_state_dict(state, assign=True)
 
     def _parameter(self, name: str) -> Tensor:
         """A parameter as the skeleton names it, float32 on the device; our own copy, fused where it is."""
-        parts = [part for part, (key, _) in self._layout.fused.items() if key == name] or [name]
-        stored = [self.weights.read(part).to(self.device, torch.float32, copy=True) for part in parts]
+        stored = [moved(self._ahead.take(part), self.device) for part in self._layout.sources(name)]
         return stored[0] if len(stored) == 1 else torch.cat(stored)
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from exlq.models.canonical import CanonicalWeights
 from exlq.models.layout import HEAD_KEY, Layout, Linear
-from exlq.types import Weights
+from exlq.types import LinearSpec, Weights
 
 BLOCK = 16  # channels that share a scale in the smallest sub-blocks; larger ones are made of these
 BLOCKS_AT_ONCE = 512  # filled together; the time of an assignment grows with the cube
 ROWS_AT_ONCE = 1024  # in float64
 TINY = 1e-30
-INTO_MLP, OUT_OF_MLP, OUT_OF_ATTENTION = "mlp_in", "mlp_out", "attn_out"  # input keys of stages
+OUT_OF_ATTENTION, INTO, OUT_OF = "attn_out", "_in", "_out"  # input keys of stages, and ends of them
 VALUES = ".v_proj"
 
 
@@ -163,12 +163,19 @@ def _on_cpu(rows: slice | Tensor) -> slice | Tensor:
 
 def _reordered(linears: tuple[Linear, ...], kv_heads: int) -> tuple[_Between, ...]:
     """The places of a block at which channels may be reordered."""
-    into_mlp = tuple(linear.spec.key for linear in linears if linear.stage == INTO_MLP)
-    (down,) = (linear.spec for linear in linears if linear.stage == OUT_OF_MLP)
     (value,) = (linear.spec for linear in linears if linear.spec.key.endswith(VALUES))
-    (output,) = (linear.spec for linear in linears if linear.stage == OUT_OF_ATTENTION)
-    shared = output.in_features // value.out_features
+    by_stage: dict[str, list[LinearSpec]] = {}
+    for linear in linears:
+        by_stage.setdefault(linear.stage, []).append(linear.spec)
+    (output,) = by_stage.pop(OUT_OF_ATTENTION)
+    mlps = (name.removesuffix(OUT_OF) for name in by_stage if name.endswith(OUT_OF))
     return (
-        _Between(into_mlp, down.key, 1, 1),
-        _Between((value.key,), output.key, kv_heads, shared),
+        *(_inside(by_stage[name + INTO], by_stage[name + OUT_OF]) for name in mlps),
+        _Between((value.key,), output.key, kv_heads, output.in_features // value.out_features),
     )
+
+
+def _inside(into: list[LinearSpec], out_of: list[LinearSpec]) -> _Between:
+    """Of an MLP or an expert: the rows of its gate and up, the columns of its down."""
+    (down,) = out_of
+    return _Between(tuple(spec.key for spec in into), down.key, 1, 1)

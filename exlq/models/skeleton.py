@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from exlq.errors import ModelError
-from exlq.models.family import Family
+from exlq.models.family import MLP, Family
+from exlq.models.moe import sparse_mlp
 
 
 def build_skeleton(config: Any, family: Family, device: torch.device) -> Any:
@@ -24,8 +25,11 @@ def build_skeleton(config: Any, family: Family, device: torch.device) -> Any:
             skeleton = AutoModelForCausalLM.from_config(
                 config, attn_implementation=family.attention, dtype=torch.float32
             )
+            _part_experts(skeleton, config, family)
         skeleton.eval().requires_grad_(False)
         _restore_buffers(skeleton, device)
+    except ModelError:
+        raise
     except Exception as exc:  # the library raises what it likes for settings it does not know
         reason = " ".join(f"{type(exc).__name__}: {exc}".split())
         raise ModelError(
@@ -33,6 +37,15 @@ def build_skeleton(config: Any, family: Family, device: torch.device) -> Any:
         ) from exc
     skeleton.model.embed_tokens.padding_idx = None  # ids are renumbered when rows are gathered
     return skeleton
+
+
+def _part_experts(skeleton: Any, config: Any, family: Family) -> None:
+    """Puts our sparse MLPs, which hold each expert apart, in the place of the library's."""
+    if family.experts is None:
+        return
+    for index, block in enumerate(skeleton.model.layers):
+        if family.experts.in_block(lambda key: getattr(config, key, None), index):
+            setattr(block, MLP, sparse_mlp(family.experts, config))
 
 
 def _restore_buffers(skeleton: Any, device: torch.device) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from exlq.models.family import ATTENTION, Stage
+from exlq.models.routed import RoutedTokens
 from exlq.models.skeleton import Returns, swapped
 
 
@@ -28,15 +29,28 @@ class StagedPass:
     (`self_attn`, `mlp`) is kept, and so is, for the stages after it, what that linear makes of it;
     a stub returning it then stands for the container. Whoever walks the pass quantizes the linears of a
     stage after its inputs and before the next stage's. Kept are, per token, the inputs of o_proj and
-    down_proj and the output of o_proj, in tensors from `keep(name, shape)`.
+    down_proj and the output of o_proj, in tensors from `keep(name, shape)`. With `frees`, weights that no
+    later stage needs are dropped on the way: the block is good for this pass alone.
+
+    Of a container with experts, its own input is kept, and which experts each token goes to: that hangs on
+    no linear of theirs. An expert's stages get its tokens alone, and where these are few some others
+    (`RoutedTokens`): those that it has in the pass `leader`, if there is one.
     """
 
     def __init__(
-        self, block: Runnable, keep: Callable[[str, tuple[int, ...]], Tensor], batch_rows: int
+        self,
+        block: Runnable,
+        keep: Callable[[str, tuple[int, ...]], Tensor],
+        batch_rows: int,
+        leader: StagedPass | None = None,
+        frees: bool = False,
     ) -> None:
         self._block = block
+        self._frees = frees
         self._keep = keep
         self._batch_rows = batch_rows
+        self._leader = leader
+        self._routed: RoutedTokens | None = None
         self._kept: dict[str, Tensor] = {}
         self._closing = {stage.container: stage for stage in block.stages}
         self._done: list[str] = []
@@ -44,11 +58,16 @@ class StagedPass:
     def inputs(self, stage: str, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Inputs of a stage's linears, (rows, length, in_features) float32, each with its rows of `states`.
 
-        `states` is (n_rows, length, hidden_size), the block's input. Must be walked to its end, and
-        the stages in their order.
+        Of an expert's stage (tokens, in_features), the tokens among these rows. `states` is
+        (n_rows, length, hidden_size), the block's input. Must be walked to its end, and the stages in
+        their order.
         """
         wanted = self._block.stages[len(self._done)]
         assert stage == wanted.input_key, f"the stage after {self._done} is {wanted.input_key}, not {stage}"
+        if wanted.expert is not None:
+            yield from self._expert_inputs(wanted, wanted.expert, states)
+            self._done.append(stage)
+            return
         containers = [s.container for s in self._block.stages[: len(self._done)] if self._closed(s)]
         for rows in self._batches(states):
             with torch.no_grad():
@@ -58,16 +77,30 @@ class StagedPass:
                 if self._closed(wanted):
                     self._store(stage, rows, x, len(states))
             yield rows, x
+        if self._frees and self._closed(wanted):
+            self._drop_before(wanted)
         self._done.append(stage)
 
     def skip(self, stage: str, states: Tensor) -> None:
         """Goes past a stage whose inputs nobody wants: what later stages need of it is kept all the same."""
-        for _ in self.inputs(stage, states):
-            pass
+        wanted = self._block.stages[len(self._done)]
+        if wanted.expert is None:
+            for _ in self.inputs(stage, states):
+                pass
+            return
+        self._routed = self._routed or self._route(wanted, states)
+        self._done.append(stage)
+
+    def reached(self, stage: str) -> int | None:
+        """Tokens that the expert of a stage has of its own; None where it has plenty, or all tokens."""
+        wanted = next(each for each in self._block.stages if each.input_key == stage)
+        if wanted.expert is None or self._routed is None:
+            return None
+        return self._routed.reached(wanted.expert, self._in_features(wanted))
 
     def closes(self, stage: str) -> bool:
-        """Whether a stage's linear makes the output of its container."""
-        return any(each.input_key == stage for each in self._closing.values())
+        """Whether a stage's linear alone makes the output of its container."""
+        return any(each.input_key == stage and each.expert is None for each in self._closing.values())
 
     def residual(self, states: Tensor, rows: slice) -> Tensor:
         """(rows, length, hidden_size) float32, the residual stream that the present container adds to.
@@ -89,6 +122,44 @@ class StagedPass:
                 with swapped(self._block.module, **stubs):
                     states_out[rows] = self._block.call(states_in[rows]).to(states_out)
 
+    def _expert_inputs(self, stage: Stage, expert: int, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        self._routed = self._routed or self._route(stage, states)
+        leading = self._routed if self._leader is None else self._leader._routed
+        assert leading is not None, "the leader goes first"
+        run, weight = self._block.module.get_submodule(stage.owner), self._weight(stage)
+        for rows, tokens in leading.batches(expert, weight.shape[1], self._batch_rows):
+            with torch.no_grad():
+                x = input_of(run, run, stage.own_path, self._routed.inputs(tokens).to(weight))
+            yield rows, x  # outside: two passes that are walked in turn would leave gradients off
+
+    def _route(self, stage: Stage, states: Tensor) -> RoutedTokens:
+        """Keeps what a container with experts receives, and where its router sends every token."""
+        closed = [s.container for s in self._block.stages[: len(self._done)] if self._closed(s)]
+        router, chosen = self._block.module.get_submodule(stage.container), []
+        name = self._closing[stage.container].input_key
+        for rows in self._batches(states):
+            with torch.no_grad(), swapped(self._block.module, **self._stubs(closed, rows, len(states))):
+                x = _input_of(self._block, stage.container, states[rows])
+                self._store(name, rows, x, len(states))
+                chosen.append(router.route(x.flatten(0, -2))[0].cpu())
+        return RoutedTokens(self._kept[name], torch.cat(chosen))
+
+    def _weight(self, stage: Stage) -> Tensor:
+        weight: Tensor = self._block.module.get_submodule(stage.module).weight
+        return weight
+
+    def _in_features(self, stage: Stage) -> int:
+        return self._weight(stage).shape[1]
+
+    def _drop_before(self, closing: Stage) -> None:
+        """Gives up the weights that led to the kept inputs of the last linear of a container."""
+        for stage in self._block.stages[: len(self._done)]:
+            if stage.container == closing.container:
+                for part in stage.linears:
+                    linear = self._block.module.get_submodule(part.module)
+                    empty = torch.empty_like(linear.weight, device="meta")
+                    linear.weight = nn.Parameter(empty, requires_grad=False)
+
     def _closed(self, stage: Stage) -> bool:
         return self._closing[stage.container] is stage
 
@@ -104,11 +175,12 @@ class StagedPass:
         """What a container returns for these rows: computed in the stage after it, then read back."""
         closing = self._closing[container]
         name = f"{closing.input_key}_output"
-        linear = self._block.module.get_submodule(closing.module)
+        weight = self._weight(closing)
         if closing.input_key != self._done[-1]:
-            return self._kept[name][rows].to(linear.weight)
-        x = self._kept[closing.input_key][rows].to(linear.weight, copy=True)  # into aligned memory
-        out: Tensor = linear(x)
+            return self._kept[name][rows].to(weight)
+        x = self._kept[closing.input_key][rows].to(weight, copy=True)  # into aligned memory
+        path = closing.module if closing.expert is None else container
+        out: Tensor = self._block.module.get_submodule(path)(x)
         if len(self._done) < len(self._block.stages):
             self._store(name, rows, out, n_rows)
         return out
@@ -121,18 +193,23 @@ class StagedPass:
 
 def _input_of(block: Runnable, path: str, hidden: Tensor) -> Tensor:
     """Run the block until the module at `path` is called; what it would have received."""
+    return input_of(block.call, block.module, path, hidden)
+
+
+def input_of(run: Callable[[Tensor], object], module: nn.Module, path: str, x: Tensor) -> Tensor:
+    """`run(x)` until the module at `path` in `module` is called; what it would have received."""
 
     def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         raise _StopError(args[0])
 
-    handle = block.module.get_submodule(path).register_forward_pre_hook(stop)
+    handle = module.get_submodule(path).register_forward_pre_hook(stop)
     try:
-        block.call(hidden)
+        run(x)
     except _StopError as reached:
         return reached.x
     finally:
         handle.remove()
-    raise AssertionError(f"the block never called {path}")
+    raise AssertionError(f"{path} was never called")
 
 
 class _StopError(Exception):

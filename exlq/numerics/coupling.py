@@ -43,6 +43,14 @@ class CouplingSum:
         for total, part in zip(self.totals, torch.split(tokens, RUN, -1), strict=True):
             total.addmm_(part.T, part)
 
+    def over(self, n_tokens: int) -> CouplingSum:
+        """The same sums as those of so many tokens: the gradients of the others are zero."""
+        return CouplingSum(self.totals, n_tokens)
+
+    def couples(self, n_tokens: int) -> bool:
+        """Whether all tokens, or as many as a run has outputs, were added: fewer tell little of it."""
+        return self.n_tokens == n_tokens or self.n_tokens >= max(len(total) for total in self.totals)
+
     def fisher(self) -> Tensor:
         """(out_features,) float32, the mean squared gradients."""
         return torch.cat([total.diagonal() / self.n_tokens for total in self.totals]).cpu()

@@ -8,21 +8,22 @@ run's place, if J falls. H e is kept up to date by products of whole stretches o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exlq.numerics.hessian import Factor
-from exlq.numerics.hessian import factor as factored
-from exlq.numerics.scales import COMPILED
+from exlq.numerics.hessian import Factor, Run
+from exlq.numerics.kernels import COMPILED, for_triton
 from exlq.numerics.static_grid import NO_TABLE
+from exlq.numerics.threads import one_thread
 
 STRETCH = 256  # channels between two pushes to all others
+ROWS_AT_ONCE, ROWS_AT_ONCE_GPU = 512, 16384
 LEAST_GAIN = 1e-4  # of a run's cost, to be worth a change
-RIDGE = 1e-6  # of the mean of H_BB's diagonal: H is damped already
 
 
 class Lattice(NamedTuple):
@@ -51,36 +52,27 @@ class Moves(Protocol):
         ...
 
 
-class Run(NamedTuple):
-    """One run's own part of the Hessian."""
-
-    channels: slice
-    own: Tensor  # (run, run) H_BB
-    inverse: Tensor  # (run, run)
-    factor: Factor
-
-
-def runs_of(hessian: Tensor, sizes: Iterable[int]) -> list[Run]:
-    """The runs of so many channels each of a damped Hessian, (in, in) float32."""
-    found, start = [], 0
-    for size in sizes:
-        channels = slice(start, start + size)
-        start += size
-        own = hessian[channels, channels].contiguous()
-        factor = factored(own, RIDGE)
-        found.append(Run(channels, own, torch.linalg.inv(own.double()).float(), factor))
-    return found
+def row_parts(rows: int, device: torch.device) -> list[slice]:
+    """Rows to be walked together: as many as the CPU's caches hold, or as keep a GPU busy."""
+    at_once = ROWS_AT_ONCE if device.type == "cpu" else ROWS_AT_ONCE_GPU
+    return [slice(start, start + at_once) for start in range(0, rows, at_once)]
 
 
 def descend(
-    weight: Tensor, values: Tensor, hessian: Tensor, runs: list[Run], moves: Moves, rounds: int
+    weight: Tensor,
+    values: Tensor,
+    hessian: Tensor,
+    runs: list[Run],
+    moves: Moves,
+    rounds: int,
+    ridge: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Walks over all runs `rounds` times; what it leaves costs no more than what it found.
 
     Args:
         weight: (in_features, rows) float32 in the model's order; `values`, alike, as rounded so far.
-        hessian: (in_features, in_features) float32, damped.
-        runs: of that Hessian.
+        hessian: (in_features, in_features) float32, to be damped by `ridge`.
+        runs: of that Hessian, damped.
         moves: the scales that `values` were rounded to.
 
     Returns:
@@ -90,18 +82,21 @@ def descend(
     are our own.
     """
     values, error = values.clone(), weight - values
-    slope = hessian @ error  # (in_features, rows)
+    slope = torch.addmm(error, hessian, error, beta=ridge)  # (in_features, rows)
     for _ in range(rounds):
         for members in _stretches(runs):
             stretch = slice(runs[members[0]].channels.start, runs[members[-1]].channels.stop)
             before = error[stretch].clone()
-            own = hessian[stretch, stretch]
+            own = hessian[stretch, stretch].clone()
+            own.diagonal().add_(ridge)
             local = slope[stretch]  # changed in place while the stretch is walked
             kept = local.clone()
-            for index in members:
-                _improve(index, runs[index], weight, values, error, local, stretch.start, own, moves)
-            slope[stretch] = kept
-            slope.addmm_(hessian[:, stretch], error[stretch] - before)
+            with one_thread():
+                for index in members:
+                    _improve(index, runs[index], weight, values, error, local, stretch.start, own, moves)
+            changed = error[stretch] - before
+            slope[stretch] = kept.add_(changed, alpha=ridge)
+            slope.addmm_(hessian[:, stretch], changed)
     return values, (error * slope).sum(0)
 
 
@@ -126,22 +121,73 @@ def _improve(
     moves: Moves,
 ) -> None:
     """Gives one run its best candidate; `local` is the slope of the stretch beginning at channel `start`."""
+    if for_triton(weight):
+        from exlq.numerics.triton_descent import improve
+
+        lattice = moves.candidates(index)
+        table = _table(lattice.table or NO_TABLE, weight.device)
+        kept = 1 - LEAST_GAIN
+        moves.take(index, improve(run, lattice, table, weight, values, error, local, start, own, kept))
+        return
     channels = run.channels
     inner = slice(channels.start - start, channels.stop - start)
-    mine, present = error[channels], values[channels]
-    rest = local[inner] - run.own @ mine
-    target = weight[channels] + run.inverse @ rest
-    missed = target - present
+    parts = weight[channels], values[channels], error[channels], local[inner]
+    if weight.device.type == "cpu" and COMPILED:
+        picked, change = _improved(run, moves.candidates(index), *parts)
+    else:
+        picked, change = _improved_plainly(run, moves.candidates(index), *parts)
+    local.addmm_(own[:, inner], change)
+    moves.take(index, picked)
+
+
+def _improved(
+    run: Run, lattice: Lattice, weight: Tensor, values: Tensor, error: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `_improved_plainly` gives, on the CPU."""
+    from exlq.numerics.compiled_descent import improve
+
+    picked, change = torch.empty(weight.shape[1], dtype=torch.int64), torch.empty_like(weight)
+    ends = (lattice.low, lattice.high) if lattice.table is None else (1, 0)
+    table, factor = _table(lattice.table or NO_TABLE, weight.device), run.factor
+    given = (table, lattice.step, lattice.offset, run.own, run.inverse, factor.feedback, factor.pivots)
+    held = (factor.perm, weight, values, error, slope)
+    improve(
+        *map(np.float32, ends),
+        lattice.float16,
+        *(x.numpy() for x in (*given, *held)),
+        np.float32(1 - LEAST_GAIN),
+        *(picked.numpy(), change.numpy()),
+    )
+    return picked, change
+
+
+def _improved_plainly(
+    run: Run, lattice: Lattice, weight: Tensor, values: Tensor, error: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gives one run its best candidate.
+
+    Args:
+        weight, values, error, slope: (run, rows) of the run's channels; values and error are changed.
+
+    Returns:
+        (rows,) the candidate, 0 where none is good enough; (run, rows) the change of the error.
+    """
+    target = weight + run.inverse @ (slope - run.own @ error)
+    missed = target - values
     cost = (missed * (run.own @ missed)).sum(0)
     order = run.factor.perm
-    enough = cost * (1 - LEAST_GAIN)
-    best, picked = _best(target[order], moves.candidates(index), run.factor, enough)
-    better = torch.where(picked >= 0, best[order.argsort()], present)
-    change = present - better  # of the error
-    values[channels] = better
-    error[channels] += change
-    local.addmm_(own[:, inner], change)
-    moves.take(index, picked.clamp_min(0))
+    best, picked = _best(target[order], lattice, run.factor, cost * (1 - LEAST_GAIN))
+    better = torch.where(picked >= 0, best[order.argsort()], values)
+    change = values - better
+    values.copy_(better)
+    error.add_(change)
+    return picked.clamp_min(0), change
+
+
+@lru_cache(maxsize=64)
+def _table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """(16,) float32."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 def _best(target: Tensor, lattice: Lattice, factor: Factor, cost: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,15 +196,7 @@ def _best(target: Tensor, lattice: Lattice, factor: Factor, cost: Tensor) -> tup
     Where no candidate is, the index is -1 and the values mean nothing.
     """
     step, offset, low, high, *_ = lattice
-    table = torch.tensor(lattice.table or NO_TABLE, dtype=torch.float32, device=target.device)
-    if target.device.type == "cpu" and COMPILED:
-        from exlq.numerics.compiled_affine import best_candidates
-
-        values, picked = torch.empty_like(target), torch.full(cost.shape, -1)
-        ends = (low, high) if lattice.table is None else (1, 0)
-        arrays = (table, step, offset, target, factor.feedback, factor.pivots, cost, values, picked)
-        best_candidates(*map(np.float32, ends), lattice.float16, *(x.numpy() for x in arrays))
-        return values, picked
+    table = _table(lattice.table or NO_TABLE, target.device)
     errors, values = torch.zeros(2, len(target), *step.shape, device=target.device)
     spent = torch.zeros_like(step)
     divisor = torch.where(step == 0, 1.0, step)

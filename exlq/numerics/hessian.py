@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -14,13 +15,19 @@ from exlq.errors import HessianError
 from exlq.numerics.precision import widest
 
 DAMPING = 0.01  # of the diagonal's mean; ExLlamaV2 has 0.12, which is too much for a float64 factor
+RUN_DAMPING = 1e-6  # the same for a run of a Hessian that is damped already
+CUTTING = Lock()
 RETRIES = 6  # each takes ten times the damping
+TILE = 1024  # channels; of a sum of many tiles little more than half is computed
 PLENTY = 4  # tokens for each input channel, from which on a Hessian is taken as it is
 
 
 @dataclass
 class HessianSum:
-    """The running sum of x xᵀ over tokens, float32, on the device it was made on."""
+    """The running sum of x xᵀ over tokens, float32, on the device it was made on.
+
+    The sum is symmetric: left of a tile on the diagonal nothing is computed before `mean`.
+    """
 
     total: Tensor
     n_tokens: int = 0
@@ -32,8 +39,14 @@ class HessianSum:
     def add(self, x: Tensor) -> None:
         """Adds tokens x, (..., in_features)."""
         tokens = x.reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(tokens.T, tokens)
+        for rows in self._tiles():
+            self.total[rows, rows.start :].addmm_(tokens[:, rows].T, tokens[:, rows.start :])
         self.n_tokens += len(tokens)
+
+    def _tiles(self) -> Iterator[slice]:
+        """Runs of channels: of the sum, only what lies right of each run's beginning is kept up."""
+        for start in range(0, len(self.total), TILE):
+            yield slice(start, min(start + TILE, len(self.total)))
 
     def mean(self) -> Tensor:
         """H = E[x xᵀ], (in_features, in_features) float32, in the sum's own memory: nothing is added after.
@@ -44,6 +57,8 @@ class HessianSum:
         if self.n_tokens == 0:
             raise HessianError("no token reached this input: use more calibration rows")
         hessian = self.total.div_(self.n_tokens)
+        for rows in self._tiles():
+            hessian[rows.stop :, rows] = hessian[rows, rows.stop :].T
         bad = ~hessian.diagonal().isfinite()
         if bad.any():
             channel = int(bad.nonzero()[0])
@@ -77,6 +92,75 @@ def shrinkage(n_tokens: int, in_features: int) -> float:
     return max(0.0, 1 - n_tokens / (PLENTY * in_features)) / 2
 
 
+class Run(NamedTuple):
+    """Some neighbouring channels' own part of a damped Hessian."""
+
+    channels: slice
+    own: Tensor  # (run, run) H_BB
+    inverse: Tensor  # (run, run)
+    factor: Factor
+
+
+class Curvature:
+    """H + ridge·I for descents, and what they cut out of it, made once for all rows and options.
+
+    Args:
+        hessian: (in_features, in_features) float32 in the model's order, without the ridge.
+        perm: (in_features,) int64, the processing order.
+    """
+
+    def __init__(self, hessian: Tensor, perm: Tensor, ridge: float) -> None:
+        self.natural, self.ridge = hessian, ridge
+        self._perm = perm
+        self._ordered: Tensor | None = None
+        self._known: dict[bool, dict[tuple[int, int], Run]] = {False: {}, True: {}}
+
+    def ordered(self) -> Tensor:
+        """The Hessian, without the ridge, in processing order."""
+        with CUTTING:
+            if self._ordered is None:
+                self._ordered = self.natural[self._perm[:, None], self._perm]
+        return self._ordered
+
+    def runs(self, sizes: Iterable[int], ordered: bool) -> list[Run]:
+        """Runs of so many channels each, in processing order or in the model's."""
+        hessian = self.ordered() if ordered else self.natural
+        with CUTTING:
+            return runs_of(hessian, sizes, self.ridge, self._known[ordered])
+
+
+def runs_of(
+    hessian: Tensor,
+    sizes: Iterable[int],
+    ridge: float = 0.0,
+    known: dict[tuple[int, int], Run] | None = None,
+) -> list[Run]:
+    """The runs of so many channels each of a Hessian, (in, in) float32, with `ridge` on its diagonal.
+
+    What is in `known`, by ends, is taken from there, and what is not is put there.
+    """
+    known = {} if known is None else known
+    found, start = [], 0
+    for size in sizes:
+        ends = (start, start + size)
+        if ends not in known:
+            channels = slice(*ends)
+            known[ends] = _run(hessian[channels, channels], channels, ridge)
+        found.append(known[ends])
+        start += size
+    return found
+
+
+def _run(own: Tensor, channels: slice, ridge: float) -> Run:
+    """A run from its part of the Hessian; made on the CPU, where small matrices are factored at once."""
+    device, own = own.device, own.cpu().clone()
+    own.diagonal().add_(ridge)
+    factor, inverse = _factor(own, RUN_DAMPING, act_order=True), torch.linalg.inv(own.double()).float()
+    perm, feedback, pivots = (x.contiguous().to(device) for x in factor[:3])
+    moved = factor._replace(perm=perm, feedback=feedback, pivots=pivots, curvature=None)
+    return Run(channels, own.to(device), inverse.contiguous().to(device), moved)
+
+
 class Factor(NamedTuple):
     """H + ridge·I = (I + M) D (I + M)ᵀ with M strictly upper triangular, in processing order.
 
@@ -88,13 +172,13 @@ class Factor(NamedTuple):
     feedback: Tensor  # (in_features, in_features) float32, M
     pivots: Tensor  # (in_features,) float32, diagonal of D
     ridge: float  # what was added to the diagonal
-    hessian: Tensor | None = None  # H itself, in the model's order; None where errors are not handed on
+    curvature: Curvature | None = None  # what a descent walks on; None where errors are not handed on
     raised: int = 0  # how often the damping was multiplied by ten
     dead: int = 0  # channels that are zero in every token: their weights are rounded by themselves
 
     def without_feedback(self) -> Factor:
         """The factor of H's diagonal alone: every weight is rounded by itself."""
-        return self._replace(feedback=torch.zeros_like(self.feedback), pivots=self.diagonal(), hessian=None)
+        return self._replace(feedback=torch.zeros_like(self.feedback), pivots=self.diagonal(), curvature=None)
 
     def diagonal(self) -> Tensor:
         """(in_features,) the diagonal of H + ridge·I, in processing order."""
@@ -125,6 +209,10 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
 
     Source: GPTQ, arXiv:2210.17323, section 3.3; LDLQ: QuIP, arXiv:2307.13304, section 3.
     """
+    return _factor(hessian, damping, act_order)
+
+
+def _factor(hessian: Tensor, damping: float, act_order: bool) -> Factor:
     device, given = hessian.device, hessian
     hessian = hessian.cpu() if widest(device) != torch.float64 else hessian
     diagonal = hessian.diagonal()
@@ -143,7 +231,8 @@ def factor(hessian: Tensor, damping: float = DAMPING, act_order: bool = True) ->
     unit.diagonal().zero_()
     pivots = roots.square().flip(0).float()
     moved = (perm.to(device), unit.flip(0, 1).to(device), pivots.to(device))
-    return Factor(*moved, ridge, given, raised, int((diagonal == 0).sum()))
+    curvature = Curvature(given, moved[0], ridge)
+    return Factor(*moved, ridge, curvature, raised, int((diagonal == 0).sum()))
 
 
 def _cholesky(made: Callable[[], Tensor], ridge: float) -> tuple[Tensor, float, int]:

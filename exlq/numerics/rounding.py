@@ -9,13 +9,14 @@ places to cut; what lies between two cuts, a leaf, is walked 32 columns at a tim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from exlq.numerics.hessian import Factor
-from exlq.numerics.scales import COMPILED
+from exlq.numerics.kernels import COMPILED, for_triton
 from exlq.numerics.threads import one_thread
 
 STEP = 32  # columns rounded between two pushes inside a leaf; group starts are multiples of it
@@ -42,12 +43,16 @@ class Grid(Protocol):
         """The stored values nearest to `weights`, (options, out), in `column` of an open group."""
         ...
 
+    def of_rows(self, rows: Tensor) -> Grid:
+        """The finished grid of some of the output rows, by their places (n,) int64."""
+        ...
+
     def kernel(self, start: int, end: int) -> Kernel | None:
         """A compiled loop over columns `start` to `end`, all in groups that are open; None for `nearest`.
 
-        Asked for on the CPU alone, where numba is there. It takes, as arrays, the columns' values (columns,
-        options, out), errors (alike), weights (columns, out), feedback (columns, columns), pivots (columns,)
-        and the energy (options, out) that it adds to.
+        Asked for where numba is there on the CPU, or Triton on a GPU. It takes, as arrays on the CPU, the
+        columns' values (columns, options, out), errors (alike), weights (columns, out), feedback (columns,
+        columns), pivots (columns,) and the energy (options, out) that it adds to.
         """
         ...
 
@@ -84,7 +89,12 @@ class _Sweep:
         self.values = weight.unsqueeze(1).repeat(1, n_options, 1)
         self.errors = torch.empty_like(self.values)
         self.energy = torch.zeros_like(self.values[0])
-        self.pivots = factor.pivots.tolist()
+
+    @cached_property
+    def pivots(self) -> list[float]:
+        """The factor's, for the plain loop."""
+        found: list[float] = self.factor.pivots.tolist()
+        return found
 
     def run(self, start: int, stop: int) -> None:
         """Rounds columns `start` to `stop`, on which everything before has been pushed."""
@@ -117,15 +127,18 @@ class _Sweep:
 
     def _columns(self, start: int, end: int) -> None:
         """Rounds a few columns one after the other."""
-        kernel = self.grid.kernel(start, end) if self.values.device.type == "cpu" and COMPILED else None
+        on_gpu = for_triton(self.values)
+        compiled = on_gpu or (self.values.device.type == "cpu" and COMPILED)
+        kernel = self.grid.kernel(start, end) if compiled else None
         if kernel is None:
             for column in range(start, end):
                 self._round(start, column)
             return
         columns = slice(start, end)
         feedback = self.factor.feedback[columns, columns].contiguous()
-        arrays = (self.values[columns], self.errors[columns], self.weight[columns])
-        kernel(*(x.numpy() for x in (*arrays, feedback, self.factor.pivots[columns], self.energy)))
+        own = (self.values[columns], self.errors[columns], self.weight[columns])
+        tensors = (*own, feedback, self.factor.pivots[columns], self.energy)
+        kernel(*(tensors if on_gpu else (x.numpy() for x in tensors)))
 
     def _round(self, start: int, column: int) -> None:
         """Rounds one column, after pulling the errors of columns `start` to `column` into it."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-COMPILED = find_spec("numba") is not None
+from exlq.numerics.kernels import COMPILED, for_triton
+
 N_PROBES = 7  # scales tried per row before the multiplier is known
 N_MULTIPLIERS = 8
 PROBE_TOP = 1.15  # of the scale that just holds the largest weight
@@ -37,8 +38,9 @@ def fit_squared_scales(
 
     Source: the scales of EXL2, see `exlq.formats.exl2`; why they are weighted: `docs/design.md`.
     """
-    half = torch.tensor([[2.0 ** (b - 1)] for b in bits], device=weights.device)  # (groups, 1)
-    bottom = torch.tensor([[PROBE_BOTTOM[b]] for b in bits], device=weights.device).log()
+    half, bottom = _ends(tuple(bits), weights.device)
+    if for_triton(weights):
+        return _on_gpu(weights, importance, half, bottom, multiplier)
     base = weights.abs().amax(0).clamp_min(1e-12) / (half - 0.5)
     curve = _ErrorCurve.probe(weights, importance, half, base, bottom)
     best = curve.minimum()
@@ -47,6 +49,33 @@ def fit_squared_scales(
     nearest = (best / multiplier.float().unsqueeze(-1)).sqrt().round()
     root = _best_neighbour(weights, importance, half, multiplier, nearest)
     return multiplier, (root - 1).to(torch.uint8)
+
+
+@lru_cache(maxsize=1024)
+def _ends(bits: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(groups, 1) each: minus the lowest levels, and the logarithms of the first probes."""
+    half = torch.tensor([[2.0 ** (b - 1)] for b in bits], device=device)
+    return half, torch.tensor([[PROBE_BOTTOM[b]] for b in bits], device=device).log()
+
+
+def _on_gpu(
+    weights: Tensor, importance: Tensor, half: Tensor, bottom: Tensor, multiplier: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The search of `fit_squared_scales` in Triton's kernels."""
+    from exlq.numerics.triton_scales import best_codes, best_multiplier, probe
+
+    weights, importance, top = weights.contiguous(), importance.contiguous(), math.log(PROBE_TOP)
+    errors, base, best = probe(weights, importance, half, bottom, top)
+    if multiplier is None:
+        spread = _spread(weights.device)
+        multiplier = best_multiplier(errors, base, best, bottom, spread, top, SMALLEST)
+    return multiplier, best_codes(weights, importance, half, multiplier, best)
+
+
+@lru_cache(maxsize=16)
+def _spread(device: torch.device) -> Tensor:
+    """(candidates,), what the multiplier first thought of is multiplied with."""
+    return torch.linspace(0.85, 1.2, N_MULTIPLIERS, device=device)
 
 
 class _ErrorCurve:
@@ -85,7 +114,7 @@ class _ErrorCurve:
 def _best_multiplier(curve: _ErrorCurve, best: Tensor) -> Tensor:
     """(groups,) float16: the largest code on about the largest best scale, moved for the good of all rows."""
     top = best.amax(-1) / 256
-    spread = torch.linspace(0.85, 1.2, N_MULTIPLIERS, device=best.device).unsqueeze(-1)
+    spread = _spread(best.device).unsqueeze(-1)
     candidates = (top * spread).clamp(SMALLEST, 255.0).half()  # (candidates, groups)
     step = candidates.float().unsqueeze(-1)
     root = (best / step).sqrt()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from exlq.numerics.kernels import for_triton
 from exlq.numerics.rounding import STEP, Kernel
 
 TABLE_SIZE = 16
@@ -21,7 +22,7 @@ class Affine:
     """Values scale · level - offset, or scale · table[level] - offset, of one option.
 
     Runs of `in_features / len(scale)` neighbouring input channels share scale and offset. `fields` is
-    whatever the maker wants to find again.
+    whatever the maker wants to find again, and has an `of_rows` like this.
     """
 
     scale: Tensor  # (runs, rows) float32
@@ -30,6 +31,11 @@ class Affine:
     high: int
     table: tuple[int, ...] | None = None
     fields: Any = None
+
+    def of_rows(self, rows: Tensor) -> Affine:
+        """Some of its rows, by their places (n,) int64."""
+        fields = None if self.fields is None else self.fields.of_rows(rows)
+        return replace(self, scale=self.scale[:, rows], offset=self.offset[:, rows], fields=fields)
 
     def levels(self, values: Tensor) -> Tensor:
         """(in_features, rows) int16 levels of stored `values`, (in_features, rows), in the model's order."""
@@ -61,8 +67,8 @@ class StaticGrid:
         """Nothing is left to be chosen."""
 
     def nearest(self, column: int, weights: Tensor) -> Tensor:
-        unit = self._units[column]
-        scale, offset = self._scale[unit], self._offset[unit]  # (options, rows)
+        unit = self._units[column : column + 1]  # the host need not know it
+        scale, offset = self._scale[unit][0], self._offset[unit][0]  # (options, rows)
         wanted = (weights + offset) / torch.where(scale == 0, 1.0, scale)
         levels = torch.minimum(torch.maximum(wanted.round(), self._low[:, None]), self._high[:, None])
         for index, option in enumerate(self.options):
@@ -71,10 +77,17 @@ class StaticGrid:
                 levels[index] = self._table[index][places]
         return scale * levels - offset
 
+    def of_rows(self, rows: Tensor) -> StaticGrid:
+        return StaticGrid([option.of_rows(rows) for option in self.options], self.perm)
+
     def kernel(self, start: int, end: int) -> Kernel:
+        arrays = (self._scale, self._offset, self._units[start:end], self._low, self._high, self._table)
+        if for_triton(self._scale):
+            from exlq.numerics.triton_sweep import Steps, round_columns
+
+            return partial(round_columns, Steps(*arrays))
         from exlq.numerics.compiled_affine import round_affine_columns
 
-        arrays = (self._scale, self._offset, self._units[start:end], self._low, self._high, self._table)
         return partial(round_affine_columns, *(x.numpy() for x in arrays))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from exlq.sizing.effort import EFFORTS, NORMAL
 QUANTIZE_TOKENS = EFFORTS[NORMAL].quantize_tokens  # of what has no --effort
 # One row is held out; the second half of a row of 3 has one token to be predicted.
 LEAST = {"rows": 2, "length": 3, "measurement_rows": 2, "measurement_length": 2, "threads": 1}
+WORKERS = re.compile(r"[1-9][0-9]{0,3}|ray|ray://[^\s/]+:[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ class ConvertConfig:
     states: str = "float32"
     seed: int = 0
     threads: int | None = None
-    device: str = "cpu"
+    device: str = "cpu"  # or several that are alike, as cuda:0,cuda:1
+    workers: str | None = None  # N, ray or ray://HOST:PORT; None: this process does all
     objective: str = "kl"
+    profile: bool = False  # tell where the time goes, in the summary
     permute_mlp: bool = False  # channels inside MLPs and heads put in an order that suits the blocks
     methods: Methods = field(default_factory=Methods)
 
@@ -90,6 +94,7 @@ class ConvertConfig:
         if self.effort not in EFFORTS:
             raise ConfigError(f"--effort {self.effort}: choose {', '.join(EFFORTS)}")
         self._check_counts()
+        self._check_machine()
 
     @property
     def targets(self) -> dict[str, Any]:
@@ -165,6 +170,26 @@ class ConvertConfig:
             raise ConfigError(f"--random-rows {self.random_share}: a share from 0 to 1 is wanted")
         if self.states not in STATES:
             raise ConfigError(f"--states {self.states}: choose {' or '.join(STATES)}")
+
+    def _check_machine(self) -> None:
+        names = self.device.split(",")
+        kinds = {name.partition(":")[0] for name in names}
+        if len(names) > 1 and kinds != {"cpu"} and (kinds != {"cuda"} or len(set(names)) < len(names)):
+            raise ConfigError(f"--device {self.device}: several must be different cuda:N, as cuda:0,cuda:1")
+        if self.workers is None:
+            return
+        if not WORKERS.fullmatch(self.workers):
+            raise ConfigError(
+                f"--workers {self.workers}: a number of processes on this machine is wanted, ray for the "
+                "cluster that it has joined, or ray://HOST:PORT"
+            )
+        if len(names) > 1:
+            raise ConfigError(f"--workers {self.workers} and --device {self.device}: give one of them")
+        if kinds != {"cpu"} and (self.workers.isdigit() or kinds != {"cuda"}):
+            raise ConfigError(
+                f"--workers {self.workers} with --device {self.device}: processes of this machine are for "
+                "its cpu, a cluster for cpu or cuda; --device cuda:0,cuda:1 takes several GPUs"
+            )
 
     def as_json(self) -> dict[str, Any]:
         """Every setting by name, paths as given."""

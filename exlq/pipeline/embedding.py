@@ -12,7 +12,7 @@ from exlq.formats.codec import Codec
 from exlq.models.model import Model
 from exlq.numerics import hessian
 from exlq.numerics.hessian import energies
-from exlq.pipeline import trial
+from exlq.pipeline import arithmetic, kinds, trial
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.sensitivity import Sensitivity
 from exlq.types import Option
@@ -43,13 +43,18 @@ def embedding_cost(model: Model, found: Sensitivity, ids: Tensor) -> EmbeddingCo
     weight = model.linear_weight(model.head.key).float().T  # (hidden, vocab)
     roles = ((found.embedding, frequency), (found.head_input, found.outputs[model.head.key]))
     hessian = sum((h * rows.mean() for h, rows in roles), torch.zeros_like(found.embedding))
-    parts = torch.stack([energies(weight, h).mean() * rows.mean() for h, rows in roles])
+    parts = torch.stack([_mean_energy(model, weight, h) * rows.mean() for h, rows in roles])
     parts = parts / parts.sum()
     relative = sum(
         (part * rows / rows.mean() for part, (_, rows) in zip(parts, roles, strict=True)),
         torch.zeros_like(frequency),
     )
     return EmbeddingCost(hessian, relative)
+
+
+def _mean_energy(model: Model, weight: Tensor, hessian: Tensor) -> Tensor:
+    """Of every row of the embedding, (hidden, vocab), under (hidden, hidden); computed on the device."""
+    return energies(weight.to(model.device), hessian.to(model.device)).mean().cpu()
 
 
 def quantized_embedding(
@@ -61,4 +66,5 @@ def quantized_embedding(
     factor = hessian.factor(cost.hessian.to(model.device))
     factor = factor if plan.config.gptq else factor.without_feedback()
     weight = model.linear_weight(model.embedding_key)
-    return trial.quantize(codec, model.embedding, option, weight, factor)
+    with plan.profile.spent(kinds.SWEEPS, arithmetic.rounding(model.embedding)):
+        return trial.quantize(plan.profile.codec(codec), model.embedding, option, weight, factor)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from exlq.numerics.precision import quick_products
 from exlq.pipeline.output import Output
 from exlq.pipeline.plan import Plan
 from exlq.sizing import work
@@ -48,13 +49,14 @@ def estimate(plan: Plan, outputs: Sequence[Output]) -> Estimate:
     tries = [sum(len(options) for _, options in plan.tried(spec)) for spec in linears]
     return Estimate(
         gemm_flops=rate,
-        stages_s=work.stage_seconds(work.stage_flop(linears, tries, tokens, todo), rate),
+        stages_s=work.stage_seconds(linears, tries, tokens, todo, rate, plan.model.share),
         memory_bytes=work.memory_bytes(linears, plan.model.hidden_size),
         disk_bytes=disk_bytes(plan, outputs),
         output_bytes=sum(output.estimated_bytes() for output in outputs),
     )
 
 
+@quick_products()
 def gemm_rate(device: torch.device) -> float:
     """Floating point operations per second of a float32 matrix product here and now."""
     a = torch.ones(PROBE, PROBE, device=device)
@@ -78,7 +80,7 @@ def disk_bytes(plan: Plan, outputs: Sequence[Output]) -> int:
     """What a job's directory holds at most."""
     sizes = [output.estimated_bytes() for output in outputs]
     model = plan.model
-    return work.disk_bytes(plan.linears, model.hidden_size, model.n_blocks, _tokens(plan), sizes)
+    return work.disk_bytes(plan.linears, model.hidden_size, model.n_blocks, _tokens(plan), sizes, model.share)
 
 
 def _tokens(plan: Plan) -> work.Tokens:

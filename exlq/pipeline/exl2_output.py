@@ -19,7 +19,7 @@ from exlq.models.config import read_json
 from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.pipeline import directory as places
-from exlq.pipeline import verify
+from exlq.pipeline import kinds, verify
 from exlq.pipeline.allocate import (
     Choice,
     measured_loss,
@@ -32,8 +32,9 @@ from exlq.pipeline.allocate import (
 from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
-from exlq.pipeline.quantize import Rounding, quantized_linears
+from exlq.pipeline.quantize import quantized_linears
 from exlq.pipeline.remarks import Remarks
+from exlq.pipeline.rounding import Rounding
 from exlq.pipeline.tensor_cache import TENSORS, TensorCache
 from exlq.workspace import Workspace
 
@@ -67,7 +68,8 @@ class Exl2Output:
         return f"{self._fewest / numel:.3f} to {self._most / numel:.3f} bits per weight"
 
     def trusted(self, choice: Choice) -> bool:
-        return self._bits is not None and self._bits >= TRUSTED_FROM_BPW
+        enough = self._bits is not None and self._bits >= TRUSTED_FROM_BPW
+        return enough and not self._plan.model.routes
 
     @property
     def target(self) -> Path:
@@ -137,13 +139,15 @@ class Exl2Output:
                 Remarks(work, self.name).note,
             )
             for spec, tensors in quantized_linears(rounding, Workspace(work), progress):
-                writer.add_linear(spec.key, tensors, model.linear_bias(spec.key))
-                digests[spec.key] = verify.digest(tensors)
+                with plan.profile.spent(kinds.WRITING):
+                    writer.add_linear(spec.key, tensors, model.linear_bias(spec.key))
+                    digests[spec.key] = verify.digest(tensors)
             writer.close(self._config(), plan.config.in_dir)
         except BaseException:
             writer.abandon()
             raise
-        verify.verify_exl2(model, directory, digests)
+        with plan.profile.spent(kinds.WRITING):
+            verify.verify_exl2(model, directory, digests)
 
     def opened(self, directory: Path) -> Model:
         return open_model(directory, Exl2Weights(directory), device=self._plan.model.device)

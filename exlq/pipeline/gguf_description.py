@@ -15,6 +15,7 @@ from exlq.checkpoint.open import open_checkpoint
 from exlq.errors import FormatError, ModelError
 from exlq.files import sha256_file
 from exlq.formats.gguf import metadata, template, tensors
+from exlq.formats.gguf.experts import expert_count
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.recipes import Shape
 from exlq.formats.gguf.template import OWN_KEYS
@@ -29,7 +30,8 @@ from exlq.pipeline.plan import Plan
 from exlq.recipes.prediction import predicted
 from exlq.types import GgufFamily, Weights
 
-WITHOUT_WINDOW = ("llama", "qwen2", "qwen3", "phi3")  # architectures whose sliding window llama.cpp ignores
+# Architectures whose sliding window llama.cpp ignores.
+WITHOUT_WINDOW = ("llama", "qwen2", "qwen3", "phi3", "qwen2moe", "qwen3moe")
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,17 @@ def _converted(plan: Plan) -> Description:
         raise ModelError(f"llama.cpp does not know {model.family.architectures[0]}; choose another --format")
     config = metadata.completed(read_json(directory))
     heads, kv_heads = metadata.head_counts(config)
+    parameters = metadata.hyper_parameters(config, family)  # refuses what llama.cpp computes otherwise
     n_weights = sum(spec.numel for spec in plan.specs.values()) - (model.head.numel if model.tied else 0)
     general = metadata.general(directory, directory.resolve().name, family.architecture, n_weights, 0)
     return Description(
         tensors.file_tensors(model.weights, config, family, _ties(model), model.tied),
         (
             *(entry for entry in general if entry.key not in OWN_KEYS),
-            *metadata.hyper_parameters(config, family),
+            *parameters,
             *tokenizer_metadata(directory, model.vocab_size, plan.config.tokenizer_pre),
         ),
-        Shape(family.architecture, model.n_blocks, heads, kv_heads),
+        Shape(family.architecture, model.n_blocks, heads, kv_heads, expert_count(config)),
         _notes(config, family, model),
     )
 

@@ -29,7 +29,7 @@ from exlq.measurement import Measurement
 from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.pipeline import directory as places
-from exlq.pipeline import verify
+from exlq.pipeline import kinds, verify
 from exlq.pipeline.allocate import Choice, recipe_output
 from exlq.pipeline.embedding import quantized_embedding
 from exlq.pipeline.gguf_choice import (
@@ -46,8 +46,9 @@ from exlq.pipeline.gguf_description import described, whole_metadata
 from exlq.pipeline.measured import sensitivities
 from exlq.pipeline.plan import Plan
 from exlq.pipeline.progress import Progress
-from exlq.pipeline.quantize import Rounding, Stored, quantized_linears
+from exlq.pipeline.quantize import quantized_linears
 from exlq.pipeline.remarks import Remarks
+from exlq.pipeline.rounding import Rounding, Stored
 from exlq.pipeline.sensitivity import Sensitivity
 from exlq.pipeline.tensor_cache import TENSORS, Kept, TensorCache, matrix_alone
 from exlq.types import LinearSpec, Option
@@ -84,7 +85,8 @@ class GgufOutput:
         return f"{self._low:.3f} to {self._high:.3f} bits per weight"
 
     def trusted(self, choice: Choice) -> bool:
-        return choice.bpw >= (TRUSTED_FROM_BPW if choice.loss is not None else UNMEASURED_FROM_BPW)
+        least = TRUSTED_FROM_BPW if choice.loss is not None else UNMEASURED_FROM_BPW
+        return choice.bpw >= least and not self._plan.model.routes
 
     @property
     def target(self) -> Path:
@@ -131,13 +133,15 @@ class GgufOutput:
         digests = {}
         try:
             for name, data in self._data(choice, work, progress):
-                writer.add(name, data)
-                digests[name] = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+                with self._plan.profile.spent(kinds.WRITING):
+                    writer.add(name, data)
+                    digests[name] = hashlib.sha256(data.numpy().tobytes()).hexdigest()
             paths = writer.close()
         except BaseException:
             writer.abandon()
             raise
-        verify.verify_gguf(paths, types, digests)
+        with self._plan.profile.spent(kinds.WRITING):
+            verify.verify_gguf(paths, types, digests)
         listed = path.with_suffix(".types.txt")
         listed.write_text(type_file(types), encoding="utf-8", newline="\n")
         verify.verify_types(listed, type_file(types))

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from exlq.models.config import read_json
 from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.names import Mode
+from exlq.numerics.precision import quick_products
 from exlq.pipeline import passes
 from exlq.pipeline.config import LEAST, QUANTIZE_TOKENS
 from exlq.pipeline.progress import Progress
@@ -57,6 +59,7 @@ class ImatrixConfig:
             raise ConfigError(f"-o {self.output}: want the name of a file in a directory that is there")
 
 
+@quick_products()
 def collect(config: ImatrixConfig, progress: Progress) -> tuple[Imatrix, int]:
     """Writes the importance matrix and gives it back, with the number of rows held out of it.
 
@@ -124,29 +127,50 @@ def importance_matrix(
         dataset: what the rows were taken from.
     """
     states = passes.embedded(model, ids, workspace, torch.float32)
-    sums: dict[str, Tensor] = {}  # by the linear's key
+    sums: dict[str, Squares] = {}  # by the linear's key
     for index in range(model.n_blocks):
-        by_stage: dict[str, Tensor] = {}
+        by_stage: dict[str, Squares] = {}
+        add = _adding_squares(by_stage)
         with model.block(index) as block:
             for rows in passes.batches(ids):
-                states[rows] = block.forward(states[rows], _adding_squares(by_stage)).cpu()
+                states[rows] = block.forward(states[rows], add, add).cpu()
         for stage, linears in passes.linears_by_stage(model, index).items():
-            sums |= {linear.spec.key: by_stage[stage] for linear in linears}
+            for spec in (linear.spec for linear in linears):
+                sums[spec.key] = by_stage.get(stage) or Squares(torch.zeros(spec.in_features), 0)
         progress("collecting", index + 1, model.n_blocks)
-    head: dict[str, Tensor] = {}
+    head: dict[str, Squares] = {}
     for rows in passes.batches(ids):
         _adding_squares(head)("head", model.final_norm(states[rows]))
     sums[model.embedding_key if model.tied else model.head.key] = head["head"]
     workspace.remove("states")
-    counts = torch.tensor([float(ids.numel())])
-    keys = {entry.name: entry.sources[0].removesuffix(".weight") for entry in entries if entry.matrix}
-    found = {name: Entry(sums[key].float().unsqueeze(0), counts) for name, key in keys.items() if key in sums}
+    found = {}
+    for entry in (entry for entry in entries if entry.matrix):
+        keys = [source.removesuffix(".weight") for source in entry.sources[: None if entry.stacked else 1]]
+        if all(key in sums for key in keys):
+            found[entry.name] = _entry([sums[key] for key in keys])
     return Imatrix(found, (dataset,), chunk_count=len(ids), chunk_size=ids.shape[1])
 
 
-def _adding_squares(sums: dict[str, Tensor]) -> Callable[[str, Tensor], None]:
+class Squares(NamedTuple):
+    """The sum of squares of an input's channels, (in_features,) float64, and over how many tokens."""
+
+    total: Tensor
+    n_tokens: int
+
+
+def _entry(matrices: Sequence[Squares]) -> Entry:
+    """Of one matrix, or of every expert's."""
+    sums = torch.stack([squares.total.float() for squares in matrices])
+    return Entry(sums, torch.tensor([float(squares.n_tokens) for squares in matrices]))
+
+
+def _adding_squares(sums: dict[str, Squares]) -> Callable[[str, Tensor], None]:
     def add(stage: str, x: Tensor) -> None:
-        squares = x.float().square().flatten(0, -2).sum(0, dtype=torch.float64).cpu()
-        sums[stage] = sums[stage] + squares if stage in sums else squares
+        tokens = x.float().square().flatten(0, -2)
+        squares, n = tokens.sum(0, dtype=torch.float64).cpu(), len(tokens)
+        known = sums.get(stage)
+        sums[stage] = (
+            Squares(squares, n) if known is None else Squares(known.total + squares, known.n_tokens + n)
+        )
 
     return add

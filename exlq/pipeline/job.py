@@ -16,6 +16,7 @@ from exlq.errors import ConfigError
 from exlq.files import atomic_write_json, naming
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
+from exlq.numerics.precision import quick_products
 from exlq.pipeline import directory, guards, measured, verify
 from exlq.pipeline.card import CARD, model_card
 from exlq.pipeline.config import ConvertConfig
@@ -71,10 +72,11 @@ class Job:
         return self.plan.config
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
+    def timed(self, stage: str, output: str = "") -> Iterator[None]:
+        with self.plan.profile.stage(f"{stage} {output}".strip()):
+            begin = time.perf_counter()
+            yield
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
 
 
 def finished_summary(config: ConvertConfig) -> dict[str, Any] | None:
@@ -172,17 +174,21 @@ def rehearse(config: ConvertConfig) -> tuple[dict[str, dict[str, Any]], tuple[st
     return figures, (*notes, *(note for choice in choices.values() for note in choice.notes))
 
 
+@quick_products()
 def run(job: Job) -> dict[str, Any] | None:
     """Does the work; the summary, or None where only a measurement was asked for."""
     out_dir = job.config.out_dir
     try:
-        with PeakMemory() as memory, naming(out_dir):
+        with PeakMemory() as memory, naming(out_dir), job.plan.workers:
             summary = _run(job)
+        found = job.plan.profile.found()
         directory.tidy(job.work, (*SERVED, *(output.name for output in job.outputs)))
         keeps = summary is not None and not job.config.clean
         if summary is not None:
             summary["peak_anonymous_bytes"] = memory.bytes
             summary["kept_bytes"] = guards.held_bytes(job.work) if keeps else 0
+            if found is not None:
+                summary["profile"] = found.as_json()
             atomic_write_json(out_dir / SUMMARY, summary)
         if not keeps:
             _forget(out_dir)
@@ -218,15 +224,15 @@ def _run(job: Job) -> dict[str, Any] | None:
 
 def _made(job: Job, output: Output, record: Measurement | None) -> tuple[dict[str, Any], Measurement | None]:
     """One format made, checked and put in place: its part of the summary, the record with its figures."""
-    with job.timed("allocating"):
+    with job.timed("allocating", output.name):
         choice = output.allocate(record)
     finished = job.work / output.name
     if finished.exists():
         shutil.rmtree(finished)
     finished.mkdir()
-    with job.timed("quantizing"):
+    with job.timed("quantizing", output.name):
         output.write(choice, finished, job.work, job.progress)
-    with job.timed("verifying"):
+    with job.timed("verifying", output.name):
         job.progress(f"verifying {output.name}", 0, 1)
         divergence = verify.verify_model(job.plan, output.opened(finished), Workspace(job.work))
         job.progress(f"verifying {output.name}", 1, 1)

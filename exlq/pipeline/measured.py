@@ -82,7 +82,9 @@ def sensitivities(plan: Plan, work: Path, progress: Progress) -> Sensitivity:
         kept = path.with_suffix("")
         kept.mkdir(parents=True, exist_ok=True)
         namer = sensitivity.row_namer(plan.measurement_rows)
-        sensitivity.fisher(plan.model, rows, Workspace(kept), plan.config.seed, path, progress, namer)
+        given = plan.model, rows, Workspace(kept), plan.config.seed, path, progress, namer, plan.profile
+        with plan.profile.stage("gradients"):
+            sensitivity.fisher(*given)
         shutil.rmtree(kept)
     return Sensitivity.load(path)
 

@@ -26,7 +26,10 @@ class Output(Protocol):
         ...
 
     def trusted(self, choice: Choice) -> bool:
-        """Whether so many bits were asked for that a large KL divergence means a fault."""
+        """Whether so many bits were asked for that a large KL divergence means a fault.
+
+        Never where tokens go to experts: that one goes to another is not predicted.
+        """
         ...
 
     def require_place(self) -> None:

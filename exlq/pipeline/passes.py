@@ -13,6 +13,8 @@ from exlq.models.finite import require_finite
 from exlq.models.layout import Linear
 from exlq.models.model import Model
 from exlq.numerics.hessian import HessianSum
+from exlq.pipeline import arithmetic, kinds
+from exlq.pipeline.profile import NO_PROFILE, Profile
 from exlq.workspace import Workspace
 
 TOKENS_AT_ONCE = 2048  # through a block
@@ -81,6 +83,7 @@ class BlockHessians:
     """Hessians of all inputs of a block, filled while it runs."""
 
     device: torch.device
+    profile: Profile = NO_PROFILE
     by_stage: dict[str, InputHessians] = field(default_factory=dict)
 
     def listener(
@@ -89,7 +92,9 @@ class BlockHessians:
         """For `Block.forward`'s `on_input`, with the rows that are about to run; `look` sees them first."""
 
         def add(stage: str, x: Tensor) -> None:
-            self.by_stage.setdefault(stage, InputHessians(self.device)).add(look(stage, x), heldout)
+            sums = self.by_stage.setdefault(stage, InputHessians(self.device))
+            with self.profile.spent(kinds.HESSIANS, arithmetic.moment(x)):
+                sums.add(look(stage, x), heldout)
 
         return add
 
@@ -108,12 +113,15 @@ def head_hessians(
     heldout: Tensor,
     ids: Tensor,
     row_name: Callable[[int], str] = "row {}".format,
+    profile: Profile = NO_PROFILE,
 ) -> InputHessians:
     """Hessians of lm_head's input, from the states after the last block."""
     hessians = InputHessians(model.device)
     for rows in batches(ids):
         look = looking("the last block", rows.start, row_name)
-        hessians.add(look("final norm", model.final_norm(states[rows].float())), heldout[rows])
+        x = look("final norm", model.final_norm(states[rows].float()))
+        with profile.spent(kinds.HESSIANS, arithmetic.moment(x)):
+            hessians.add(x, heldout[rows])
     return hessians
 
 

@@ -15,14 +15,15 @@ from exlq.calibration import TokenRows, cut_rows, load_tokenizer, random_rows, r
 from exlq.checkpoint.hashes import file_hashes, tokenizer_hash
 from exlq.checkpoint.open import open_checkpoint
 from exlq.default_calibration import default_calibration
-from exlq.errors import FormatError, ModelError
-from exlq.evaluation.run import usable_device
+from exlq.errors import ConfigError, FormatError, ModelError
 from exlq.formats.codec import Codec, Role
 from exlq.formats.codecs import CODECS
 from exlq.models.model import Model
 from exlq.models.open import open_model
 from exlq.numerics.hessian import PLENTY, shrinkage
 from exlq.pipeline.config import ConvertConfig
+from exlq.pipeline.profile import NO_PROFILE, Profile, Recorder
+from exlq.pipeline.workers import IN_PROCESS, Workers, chosen, usable_devices
 from exlq.sizing.effort import EFFORTS, rows_of
 from exlq.types import LinearSpec, Option
 
@@ -40,6 +41,8 @@ class Plan:
     codecs: tuple[Codec[Any], ...]  # of the formats whose options are measured
     origin: Mapping[str, Any]  # model, calibration, settings: what a measurement is taken of
     random_ids: Tensor  # (n, length) int64 rows of random tokens, quantized on beside the text's
+    profile: Profile = NO_PROFILE  # told where time goes
+    workers: Workers = IN_PROCESS
 
     @property
     def quantized_on(self) -> Tensor:
@@ -70,9 +73,12 @@ class Plan:
     def _few_tokens(self) -> tuple[str, ...]:
         """A line where Hessians are shrunk: their linears have too few tokens to be taken as they are."""
         tokens = self.quantized_on.numel() if self.config.gptq and self.config.weighted else None
-        if tokens is None or not (few := [s for s in self.linears if shrinkage(tokens, s.in_features)]):
+        if tokens is None:
             return ()
-        most = 100 * max(shrinkage(tokens, spec.in_features) for spec in few)
+        shares = (shrinkage(int(tokens * self.model.share(s)), s.in_features) for s in self.linears)
+        if not (few := [share for share in shares if share]):
+            return ()
+        most = 100 * max(few)
         return (
             f"{len(few)} linears have fewer than {PLENTY} of the {tokens:,} tokens per input channel: their "
             f"Hessians were shrunk towards the diagonal, by {most:.0f} % at most; more rows (-r) do better",
@@ -115,9 +121,13 @@ def make_plan(config: ConvertConfig) -> Plan:
     Raises:
         InputError: of the kind that fits, for anything that cannot work.
     """
-    device = usable_device(config.device)
+    devices = usable_devices(config)
+    workers = chosen(config, devices)
+    if config.profile and workers is not IN_PROCESS:
+        raise ConfigError("--profile sees one process on one device: leave out --workers and further devices")
+    profile = Recorder(devices[0]) if config.profile else NO_PROFILE
     checkpoint = open_checkpoint(config.in_dir)
-    model = open_model(config.in_dir, checkpoint, device=device, permute_mlp=config.permute_mlp)
+    model = open_model(config.in_dir, checkpoint, device=devices[0], permute_mlp=config.permute_mlp)
     tokenizer = load_tokenizer(config.in_dir)
     tokenizer_sha256 = tokenizer_hash(config.in_dir)
     path = config.calibration or default_calibration()
@@ -135,7 +145,7 @@ def make_plan(config: ConvertConfig) -> Plan:
     origin = _origin(config, model, measurement_rows, tokenizer_sha256)
     codecs = tuple(CODECS[name] for name in config.measured_formats)
     noise = random_rows(tokenizer, rows, config.random_share, model.vocab_size, config.seed)
-    plan = Plan(config, model, rows, measurement_rows, codecs, origin, noise)
+    plan = Plan(config, model, rows, measurement_rows, codecs, origin, noise, profile, workers)
     if config.measures:
         _require_measurable(plan)
     return plan

@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from exlq import memory
-from exlq.errors import HessianError, VerifyError
-from exlq.formats.codec import Codec
 from exlq.models.block import Block
+from exlq.models.layout import Linear
 from exlq.models.model import Model
 from exlq.models.staged import StagedPass
-from exlq.numerics import hessian
 from exlq.numerics.drift import DriftSum
-from exlq.numerics.hessian import Factor, HessianSum
-from exlq.pipeline import passes, trial
-from exlq.pipeline.config import ConvertConfig
-from exlq.pipeline.plan import Plan
+from exlq.numerics.hessian import HessianSum
+from exlq.pipeline import arithmetic, kinds, passes, units
+from exlq.pipeline.on_device import keeping
 from exlq.pipeline.progress import Progress
-from exlq.pipeline.sensitivity import Sensitivity
+from exlq.pipeline.rounding import Rounding, Route, Stored
 from exlq.pipeline.states import HiddenStates
-from exlq.pipeline.tensor_cache import Kept, TensorCache, basis, bytes_hash, hashed, names
-from exlq.types import LinearSpec, Option
+from exlq.pipeline.tensor_cache import Kept
+from exlq.pipeline.workers import in_order
+from exlq.types import LinearSpec
 from exlq.workspace import Workspace
 
-Stored = tuple[LinearSpec, Mapping[str, Tensor]]
-
 JUDGED_TOKENS = 4096  # of the calibration, that learn how far corrections hold
-NOTHING_KEPT = TensorCache(None)
 QUANTIZED, BASE = "states", "base-states"
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How the linears of one model are rounded for good."""
-
-    plan: Plan
-    codec: Codec[Any]
-    options: Mapping[str, Option]
-    sensitivity: Sensitivity | None = None  # None: errors are not handed on between rows
-    cache: TensorCache = NOTHING_KEPT
-    # told of every linear how often its damping was raised and how many of its input channels are dead
-    note: Callable[[str, int, int], None] = lambda key, raised, dead: None
-
-    @property
-    def follows_base(self) -> bool:
-        """Whether the base model runs beside the quantized one."""
-        methods = self.plan.config.methods
-        return self.plan.config.gptq and (methods.input_correction or methods.residual_correction)
-
-    def rounded(
-        self, spec: LinearSpec, name: str, factor: Factor, drift: DriftSum | None
-    ) -> tuple[Stored, Tensor]:
-        """One linear's stored tensors, kept as `name`, and the (out, in) float32 weight they give back."""
-        weight = self.plan.model.linear_weight(spec.key).to(factor.pivots, copy=True)  # into aligned memory
-        if drift is not None:
-            weight = drift.corrected(weight, factor)
-        coupling = None if self.sensitivity is None else self.sensitivity.coupling(spec.key, weight.device)
-        option = self.options[spec.key]
-        tensors, restored = trial.quantize(self.codec, spec, option, weight, factor, coupling)
-        self.cache.write(name, Kept(tensors, factor.raised, factor.dead))
-        self.note(spec.key, factor.raised, factor.dead)
-        return (spec, tensors), restored
 
 
 def quantized_linears(
@@ -87,7 +49,7 @@ def quantized_linears(
             for linear in model.linears(index):
                 yield route.kept(rounding, linear.spec)
         else:
-            with model.block(index) as block:
+            with rounding.plan.profile.reading(model.block(index)) as block:
                 yield from _block(rounding, block, index, streams, route, workspace)
             streams.states.turn(route.places[index + 1])
         progress(stage, index + 1, steps)
@@ -98,47 +60,6 @@ def quantized_linears(
     if streams is not None:
         streams.states.begin()
     progress(stage, steps, steps)
-
-
-@dataclass(frozen=True)
-class Route:
-    """What of a pass is in the cache, and what is to be done."""
-
-    names: Mapping[str, str]  # of every linear's tensors in the cache
-    places: Sequence[str]  # what is quantized before each block, and before the head
-    lacking: Sequence[int]  # blocks with a linear that is not in the cache; their number for the head
-
-    @classmethod
-    def of(cls, rounding: Rounding, embedding: Tensor | None) -> Route:
-        plan, cache = rounding.plan, rounding.cache
-        begin = hashed(
-            basis(plan, rounding.codec.name), None if embedding is None else bytes_hash(embedding.cpu())
-        )
-        found, places = names(plan, rounding.options, begin)
-        stages = [[linear.spec.key for linear in plan.model.linears(i)] for i in range(plan.model.n_blocks)]
-        stages.append([plan.model.head.key] if plan.model.head.key in found else [])
-        lacking = [i for i, keys in enumerate(stages) if not all(cache.has(found[key]) for key in keys)]
-        return cls(found, places, lacking)
-
-    def found(self, rounding: Rounding, spec: LinearSpec) -> Stored | None:
-        """A linear's tensors from the cache, if they are there."""
-        kept = rounding.cache.read(self.names[spec.key])
-        if kept is None:
-            return None
-        rounding.note(spec.key, kept.raised, kept.dead)
-        return spec, kept.tensors
-
-    def kept(self, rounding: Rounding, spec: LinearSpec) -> Stored:
-        """A linear's tensors from the cache.
-
-        Raises:
-            VerifyError: if they are no longer what was put there.
-        """
-        found = self.found(rounding, spec)
-        if found is None:
-            rounding.cache.drop(self.names[spec.key])
-            raise VerifyError(f"{spec.key} was damaged on the disk since it was quantized: run again")
-        return found
 
 
 @dataclass(frozen=True)
@@ -157,7 +78,8 @@ class Streams:
         plan, model = rounding.plan, rounding.plan.model
         ids, dtype = plan.quantized_on, passes.STATE_DTYPES[plan.config.states]
         followed = (QUANTIZED, BASE) if rounding.follows_base else (QUANTIZED,)
-        states = HiddenStates(workspace, followed, (*ids.shape, model.hidden_size), dtype)
+        shape = (*ids.shape, model.hidden_size)
+        states = HiddenStates(workspace, followed, shape, dtype, device=model.device)
         begin = states.resume(route.places[: route.lacking[0] + 1])
         if begin is None:
             states.begin()
@@ -182,13 +104,14 @@ def _block(
 ) -> Iterator[Stored]:
     states = streams.states
     rows_at_once = passes.rows_at_once(states.shape[1])
-    staged = block.staged(workspace.tensor, rows_at_once)
+    device = rounding.plan.model.device
+    staged = block.staged(keeping(workspace, device), rows_at_once, frees=True)
     quantized = Pass(staged, states.before(QUANTIZED), states.after(QUANTIZED))
     if streams.base_model is None:
         yield from _stages(rounding, block, index, streams, route, quantized, None)
         return
-    with streams.base_model.block(index) as twin:
-        staged = twin.staged(lambda name, shape: workspace.tensor(f"base-{name}", shape), rows_at_once)
+    with rounding.plan.profile.reading(streams.base_model.block(index)) as twin:
+        staged = twin.staged(keeping(workspace, device, "base-"), rows_at_once, quantized.staged, frees=True)
         base = Pass(staged, states.before(BASE), states.after(BASE))
         yield from _stages(rounding, block, index, streams, route, quantized, base)
 
@@ -211,54 +134,80 @@ def _stages(
     base: Pass | None,
 ) -> Iterator[Stored]:
     both = [each for each in (quantized, base) if each is not None]
+    spent, model = rounding.plan.profile.spent, rounding.plan.model
     for stage, linears in passes.linears_by_stage(rounding.plan.model, index).items():
         known = {linear.spec.key: route.found(rounding, linear.spec) for linear in linears}
-        evidence: tuple[Factor, DriftSum | None] | None = None
+        rounded: Iterator[tuple[Kept, Tensor]] = iter(())
         if all(known.values()):
             for each in both:
-                each.staged.skip(stage, each.states)
+                with spent(kinds.FORWARDS):
+                    each.staged.skip(stage, each.states)
         else:
             memory.release()
-            total, drift = _moments(rounding, stage, linears[0].spec.in_features, streams, quantized, base)
+            with spent(kinds.FORWARDS):
+                total, drift = _moments(rounding, linears[0], streams, quantized, base)
             act_order = all(rounding.codec.sorts_channels(linear.spec) for linear in linears)
             what = f"block {index}, {stage}"
-            evidence = factored(rounding.plan.config, total, what, act_order), drift
-            memory.release()
+            lacking = [linear.spec for linear in linears if known[linear.spec.key] is None]
+            rounded = _rounded(rounding, lacking, total, drift, what, act_order)
         for linear in linears:
             spec, stored = linear.spec, known[linear.spec.key]
             if stored is None:
-                assert evidence is not None
-                stored, restored = rounding.rounded(spec, route.names[spec.key], *evidence)
+                found, restored = next(rounded)
+                stored = rounding.keep(spec, route.names[spec.key], found, quantized.staged.reached(stage))
             else:
                 restored = rounding.codec.unpack(stored[1], spec, rounding.options[spec.key])
             block.set_weight(spec.key, restored)
             yield stored
     for each in both:
-        each.staged.outputs(each.states, each.after)
+        with spent(
+            kinds.FORWARDS, arithmetic.forward(model, index, each.states)
+        ):  # all of the block's stages
+            each.staged.outputs(each.states, each.after)
+
+
+def _rounded(
+    rounding: Rounding,
+    specs: Sequence[LinearSpec],
+    total: HessianSum,
+    drift: DriftSum | None,
+    what: str,
+    act_order: bool = True,
+) -> Iterator[tuple[Kept, Tensor]]:
+    """What linears with one input are stored as, and the (out, in) float32 weights that this gives back."""
+    workers, config = rounding.plan.workers, rounding.plan.config
+    factor = workers.submit(units.factored, config, total, what, act_order, rounding.plan.profile)
+    shared = workers.share(drift)
+    memory.release()
+    return in_order(workers, (rounding.unit(spec, factor, shared) for spec in specs))
 
 
 def _moments(
-    rounding: Rounding, stage: str, in_features: int, streams: Streams, quantized: Pass, base: Pass | None
+    rounding: Rounding, linear: Linear, streams: Streams, quantized: Pass, base: Pass | None
 ) -> tuple[HessianSum, DriftSum | None]:
     """The Hessian of a stage's inputs, and how these have drifted from the base model's."""
-    model, methods = rounding.plan.model, rounding.plan.config.methods
+    model, methods, profile = rounding.plan.model, rounding.plan.config.methods, rounding.plan.profile
+    stage, in_features = linear.stage, linear.spec.in_features
     total = HessianSum.zeros(in_features, model.device)
     if base is None:
         for _, x in quantized.staged.inputs(stage, quantized.states):
-            total.add(x)
+            with profile.spent(kinds.HESSIANS, arithmetic.moment(x)):
+                total.add(x)
         return total, None
     closes = quantized.staged.closes(stage) and not model.family.norms_outputs
     follows_stream = closes and methods.residual_correction
     drift = DriftSum(in_features, model.hidden_size if follows_stream else None, model.device)
     both = (each.staged.inputs(stage, each.states) for each in (quantized, base))
     for (rows, x), (_, wanted) in zip(*both, strict=True):
-        total.add(x)
+        with profile.spent(kinds.HESSIANS, arithmetic.moment(x)):
+            total.add(x)
         stream = None
         if follows_stream:
-            stream = base.staged.residual(base.states, rows) - quantized.staged.residual(
-                quantized.states, rows
-            )
-        drift.add(wanted if methods.input_correction else x, x, stream, streams.judges(rows))
+            there = quantized.staged.residual(quantized.states, rows)
+            stream = (base.staged.residual(base.states, rows) - there).to(x.device)
+        judged = streams.judges(rows)
+        with profile.spent(kinds.DRIFT, arithmetic.drift(x, stream, judged)):
+            drift.add(wanted if methods.input_correction else x, x, stream, judged)
     return total, drift
 
 
@@ -270,19 +219,12 @@ def _head(rounding: Rounding, streams: Streams, name: str) -> Stored:
     follows = base is not None and plan.config.methods.input_correction
     for rows in passes.batches(quantized):
         x = model.final_norm(quantized[rows].float())
-        total.add(x)
+        with plan.profile.spent(kinds.HESSIANS, arithmetic.moment(x)):
+            total.add(x)
         if follows:
             assert base is not None
-            drift.add(model.final_norm(base[rows].float()), x, None, streams.judges(rows))
-    factor = factored(plan.config, total, model.head.key)
-    return rounding.rounded(model.head, name, factor, drift if follows else None)[0]
-
-
-def factored(config: ConvertConfig, total: HessianSum, what: str, act_order: bool = True) -> Factor:
-    """The factor that is rounded by; `what` names the input in an error."""
-    try:
-        factor = hessian.factor(total.calibrated(), act_order=act_order)
-        factor = factor if config.descends else factor._replace(hessian=None)
-        return factor if config.gptq else factor.without_feedback()
-    except HessianError as exc:
-        raise HessianError(f"{what}: {exc}") from exc
+            judged = streams.judges(rows)
+            with plan.profile.spent(kinds.DRIFT, arithmetic.drift(x, None, judged)):
+                drift.add(model.final_norm(base[rows].float()), x, None, judged)
+    found, _ = next(_rounded(rounding, [model.head], total, drift if follows else None, model.head.key))
+    return rounding.keep(model.head, name, found)

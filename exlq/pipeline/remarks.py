@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from exlq.files import atomic_write_json, read_json
 
+NAMED = 5  # experts in a line
+
 
 class Remarks:
-    """By linear, how often its damping was raised and how many of its input channels are dead.
+    """By linear, how often its damping was raised, how many of its input channels are dead, and few tokens.
 
     In a file of the work directory, so that a job that goes on after an interruption says the same.
     """
@@ -17,9 +20,12 @@ class Remarks:
         self._path = work / f"remarks-{name}.json"
         self._found = self._read()
 
-    def note(self, key: str, raised: int, dead: int) -> None:
-        """Remembers what the linear `key` was rounded by, in place of what was remembered of it before."""
-        counts = [raised, dead]
+    def note(self, key: str, raised: int, dead: int, reached: int | None = None) -> None:
+        """Remembers what the linear `key` was rounded by, in place of what was remembered of it before.
+
+        `reached` is how many tokens it has of its own, where it is an expert's and they are few.
+        """
+        counts = [raised, dead, *([] if reached is None else [reached])]
         if counts == self._found.get(key, [0, 0]):
             return
         self._found[key] = counts
@@ -42,12 +48,25 @@ class Remarks:
                 f"{len(dead)} linears have input channels that no token uses, up to {dead[most]} in "
                 f"{most}: their weights were rounded by themselves"
             )
-        return tuple(found)
+        few = {key.rpartition(".")[0]: counts[2] for key, counts in self._found.items() if counts[2:]}
+        return (*found, *([starving(few)] if few else []))
 
     def _read(self) -> dict[str, list[int]]:
         try:
             return {
-                str(key): [int(raised), int(dead)] for key, (raised, dead) in read_json(self._path).items()
+                str(key): [int(raised), int(dead), *map(int, few)]
+                for key, (raised, dead, *few) in read_json(self._path).items()
             }
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
+
+
+def starving(few: Mapping[str, int]) -> str:
+    """A line that names the experts of fewest tokens, of those that too few reach."""
+    fewest = sorted(few, key=lambda name: (few[name], name))[:NAMED]
+    named = ", ".join(f"{name} ({few[name]})" for name in fewest)
+    more = f" and {len(few) - NAMED} more" if len(few) > NAMED else ""
+    return (
+        f"{len(few)} experts get fewer tokens than they have input channels and borrow from their block's: "
+        f"{named}{more}; more rows (-r) or text of more kinds do better"
+    )

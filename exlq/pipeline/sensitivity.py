@@ -16,15 +16,16 @@ from exlq.files import atomic_write_bytes
 from exlq.models.model import Model
 from exlq.numerics.coupling import Coupling, CouplingSum
 from exlq.numerics.hessian import HessianSum
-from exlq.numerics.precision import widest
+from exlq.pipeline import arithmetic, kinds
+from exlq.pipeline.information import head_information, information
 from exlq.pipeline.passes import looking
+from exlq.pipeline.profile import NO_PROFILE, Profile
 from exlq.pipeline.progress import Progress
 from exlq.workspace import Workspace
 
 TOKENS = 8192  # gradients are taken on
 ROW_LENGTH = 512  # longer rows are cut
 TOKENS_AT_ONCE = 1024  # through a block and its graph
-HEAD_TOKENS = 256  # whose probabilities are held at once
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def fisher(
     path: Path,
     progress: Progress,
     row_name: Callable[[int], str] = "row {}".format,
+    profile: Profile = NO_PROFILE,
 ) -> Sensitivity:
     """Fisher information of every linear's outputs, and the gradients' second moment at the input.
 
@@ -118,23 +120,25 @@ def fisher(
     """
     at_once = max(1, TOKENS_AT_ONCE // rows.shape[1])
     batches = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
-    inputs = _block_inputs(model, rows, batches, workspace, progress, row_name)
-    information = {model.head.key: _head_information(model, inputs[-1])}
+    inputs = _block_inputs(model, rows, batches, workspace, progress, row_name, profile)
+    with profile.spent(kinds.FORWARDS, arithmetic.head(model, inputs[-1])):
+        outputs = {model.head.key: head_information(model, inputs[-1])}
     head_input = _second_moment((model.final_norm(inputs[-1][batch]) for batch in batches), "final norm")
-    back = _Backward(model, inputs, batches, workspace, path, row_name)
+    back = _Backward(model, inputs, batches, workspace, path, row_name, profile)
     reached = next((i for i in range(model.n_blocks) if workspace.has(_gradient(i), back.shape)), None)
     if reached is None:
-        gradient, reached = back.at_head(seed), model.n_blocks
+        with profile.spent(kinds.BACKWARDS, arithmetic.head(model, inputs[-1], 3)):
+            gradient, reached = back.at_head(seed), model.n_blocks
     else:
         gradient = workspace.tensor(_gradient(reached), back.shape)
     for index in reversed(range(reached)):
         gradient = back.through(index, gradient)
         progress("gradients", 2 * model.n_blocks - index, 2 * model.n_blocks)
     for index in range(model.n_blocks):
-        information |= load_file(back.information(index))
+        outputs |= load_file(back.information_file(index))
     scale = _embedding_scale(model, rows[:1], inputs[0][:1])
     embedding = _second_moment((gradient[batch] for batch in batches), "embedding, gradients") * scale**2
-    found = Sensitivity(information, embedding, head_input, path)
+    found = Sensitivity(outputs, embedding, head_input, path)
     found.save()
     back.remove()
     return found
@@ -150,12 +154,13 @@ class _Backward:
     workspace: Workspace
     path: Path
     row_name: Callable[[int], str]
+    profile: Profile
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.inputs[-1].shape)
 
-    def information(self, index: int) -> Path:
+    def information_file(self, index: int) -> Path:
         """The file of a block's Fisher information."""
         return self.workspace.directory / f"block-{index}-{self.path.name}"
 
@@ -174,22 +179,34 @@ class _Backward:
 
         def fill(gradient: Tensor) -> None:
             gradient.copy_(after)
-            found = _block_information(
-                self.model, index, self.inputs[index], gradient, self.batches, self.path
-            )
+            found = self._block_information(index, gradient)
             for batch in self.batches:
                 looking(f"block {index}", batch.start, self.row_name)("gradient", gradient[batch])
-            _save(found, self.information(index))
+            _save(found, self.information_file(index))
 
         gradient = self.workspace.whole(_gradient(index), self.shape, fill)
         self.workspace.remove(_gradient(index + 1))
         return gradient
 
+    def _block_information(self, index: int, gradient: Tensor) -> dict[str, Tensor]:
+        """Mean squared gradient per output of the block's linears; moves `gradient` to the block's input."""
+        sums: dict[str, CouplingSum] = {}
+        inputs, adding, spent = self.inputs[index], _adding(sums, self.profile), self.profile.spent
+        with self.profile.reading(self.model.block(index)) as block:
+            for batch in self.batches:
+                with spent(kinds.BACKWARDS, arithmetic.backward(self.model, index, inputs[batch])):
+                    gradient[batch] = block.backward(inputs[batch], gradient[batch], adding).cpu()
+        n_tokens = inputs.shape[:2].numel()
+        for key, total in sums.items():
+            if total.couples(n_tokens):
+                _save(total.over(n_tokens).stored(), _beside(self.path, key))
+        return information(self.model.linears(index), sums, n_tokens)
+
     def remove(self) -> None:
         for index in range(self.model.n_blocks + 1):
             self.workspace.remove(_input(index))
             self.workspace.remove(_gradient(index))
-            self.information(index).unlink(missing_ok=True)
+            self.information_file(index).unlink(missing_ok=True)
 
 
 def _input(index: int) -> str:
@@ -228,6 +245,7 @@ def _block_inputs(
     workspace: Workspace,
     progress: Progress,
     row_name: Callable[[int], str],
+    profile: Profile,
 ) -> list[Tensor]:
     """Hidden states (n, length, hidden_size) before each block and after the last."""
     shape = (*rows.shape, model.hidden_size)
@@ -240,10 +258,11 @@ def _block_inputs(
     for index in range(model.n_blocks):
 
         def run(after: Tensor, index: int = index) -> None:
-            with model.block(index) as block:
+            with profile.reading(model.block(index)) as block:
                 for batch in batches:
                     look = looking(f"block {index}", batch.start, row_name)
-                    after[batch] = block.forward(states[index][batch], _only(look)).cpu()
+                    with profile.spent(kinds.FORWARDS, arithmetic.forward(model, index, rows[batch])):
+                        after[batch] = block.forward(states[index][batch], _only(look)).cpu()
 
         states.append(workspace.whole(_input(index + 1), shape, run))
         progress("gradients", index + 1, 2 * model.n_blocks)
@@ -259,33 +278,11 @@ def _only(look: Callable[[str, Tensor], Tensor]) -> Callable[[str, Tensor], None
     return on_input
 
 
-def _block_information(
-    model: Model, index: int, inputs: Tensor, gradient: Tensor, batches: list[slice], path: Path
-) -> dict[str, Tensor]:
-    """Mean squared gradient per output of the block's linears; moves `gradient` to the block's input."""
-    sums: dict[str, CouplingSum] = {}
-    with model.block(index) as block:
-        for batch in batches:
-            gradient[batch] = block.backward(inputs[batch], gradient[batch], _adding(sums)).cpu()
-    for key, total in sums.items():
-        _save(total.stored(), _beside(path, key))
-    return {key: total.fisher() for key, total in sums.items()}
-
-
-def _adding(sums: dict[str, CouplingSum]) -> Callable[[str, Tensor], None]:
+def _adding(sums: dict[str, CouplingSum], profile: Profile) -> Callable[[str, Tensor], None]:
     def add(key: str, gradient: Tensor) -> None:
         if key not in sums:
             sums[key] = CouplingSum.zeros(gradient.shape[-1], gradient.device)
-        sums[key].add(gradient)
+        with profile.spent(kinds.COUPLING, arithmetic.coupling(gradient)):
+            sums[key].add(gradient)
 
     return add
-
-
-def _head_information(model: Model, states: Tensor) -> Tensor:
-    """(vocab,) E[p(1-p)]: the expected squared gradient of each logit."""
-    total = torch.zeros(model.vocab_size, dtype=torch.float64)
-    tokens = states.flatten(0, 1)
-    for chunk in torch.split(tokens, HEAD_TOKENS):
-        p = model.logits(model.final_norm(chunk)).softmax(-1)
-        total += (p * (1 - p)).sum(0, dtype=widest(p.device)).cpu()
-    return (total / len(tokens)).float()

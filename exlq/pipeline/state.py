@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from exlq import __version__
 from exlq.errors import ConfigError
 from exlq.files import atomic_write_json, read_json, sha256_file
 from exlq.measurement.stored import as_stored
-from exlq.numerics.scales import COMPILED
+from exlq.numerics.kernels import COMPILED
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.directory import FORMAT, MARK
 from exlq.pipeline.measured import measurement_path
@@ -39,6 +40,8 @@ NO_MATTER = (
     "device",
     "clean",
     "allow_other_machine",
+    "profile",
+    "workers",
 )
 SAME_BYTES = {  # what must be the same for the same bytes, and what it is in words
     "threads": "{} threads",
@@ -124,7 +127,8 @@ def require_same_machine(old: State, new: State, out_dir: Path) -> None:
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on beside the inputs."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    first, kind = device.partition(",")[0], device_kind(device)
+    name = torch.cuda.get_device_name(first) if kind == "cuda" else None
     return {
         "exlq": __version__,
         "torch": torch.__version__,
@@ -133,8 +137,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "device": device if name is None else f"{device} ({name})",
+        "device": kind if name is None else f"{kind} ({name})",
     }
+
+
+def device_kind(device: str) -> str:
+    """`cuda` of `cuda:1` and of `cuda:0,cuda:1`: which of them it was makes no difference."""
+    return re.split("[:,]", device)[0]
 
 
 def _inputs(plan: Plan) -> dict[str, str]:
@@ -166,8 +175,9 @@ def fingerprint(config: ConvertConfig, known: Mapping[str, str]) -> str:
 
 def settings_hash(config: ConvertConfig) -> str:
     """Of all settings, the places of inputs and results among them, but for the job's directory."""
-    left_out = ("threads", "no_resume", "out_dir", "clean", "allow_other_machine")
-    return _hash([__version__, {k: v for k, v in config.as_json().items() if k not in left_out}])
+    left_out = ("threads", "no_resume", "out_dir", "clean", "allow_other_machine", "profile", "workers")
+    settings = {k: v for k, v in config.as_json().items() if k not in left_out}
+    return _hash([__version__, settings | {"device": device_kind(config.device)}])
 
 
 def _hash(value: Any) -> str:

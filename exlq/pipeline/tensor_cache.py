@@ -22,7 +22,7 @@ from exlq.pipeline.plan import Plan
 from exlq.types import LinearSpec, Option
 
 TENSORS = "tensors"
-DIGEST = "exlq.digest"
+DIGEST, REACHED = "exlq.digest", "reached"
 NAME_DIGITS = 40  # of a sha256 in hex
 
 
@@ -32,6 +32,7 @@ class Kept(NamedTuple):
     tensors: Mapping[str, Tensor]
     raised: int = 0  # how often the damping was multiplied by ten
     dead: int = 0  # input channels that are zero in every token
+    reached: int | None = None  # tokens of its own, where it is an expert's and they are few
 
 
 class TensorCache:
@@ -51,7 +52,8 @@ class TensorCache:
             with safe_open(self._path(name), framework="pt") as file:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
                 told = file.metadata() or {}
-            kept = Kept(tensors, int(told["raised"]), int(told["dead"]))
+            reached = int(told[REACHED]) if REACHED in told else None
+            kept = Kept(tensors, int(told["raised"]), int(told["dead"]), reached)
         except (SafetensorError, OSError, ValueError, KeyError):
             return None
         return kept if verify.digest(tensors) == told.get(DIGEST) else None
@@ -68,6 +70,8 @@ class TensorCache:
         path = self._path(name)
         stored = {key: tensor.cpu().contiguous() for key, tensor in kept.tensors.items()}
         told = {DIGEST: verify.digest(stored), "raised": str(kept.raised), "dead": str(kept.dead)}
+        if kept.reached is not None:
+            told[REACHED] = str(kept.reached)
         atomic_write_bytes(path, save(stored, metadata=told))
 
     def _path(self, name: str) -> Path:

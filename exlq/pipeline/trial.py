@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +15,11 @@ from exlq.numerics.coupling import Coupling
 from exlq.numerics.hessian import Factor, energies
 from exlq.numerics.rounding import Rounded, sweep
 from exlq.numerics.threads import in_parallel
+from exlq.pipeline.parts import option_batches, parts
 from exlq.types import LinearSpec, Option
 
-SWEEP_BYTES = 192 << 20  # working arrays of one sweep
-FEWEST_ROWS = 2048  # fewer in one sweep and the multipliers of its groups rest on too little
 SAMPLED_ROWS = 1024  # output rows of a trial
-HELDOUT_ROWS = 256  # of those, on which the held-out error is taken
-ROWS_LOOKED_AT = 1024  # at once, for their largest weights
+HELDOUT_ROWS = 128  # of those, on which the held-out error is taken, and to which descents are made
 TINY = 1e-300
 
 
@@ -96,13 +94,26 @@ def try_options(
     picked = weight[sample.rows.to(weight.device)]
     every = max(1, len(picked) // HELDOUT_ROWS)
 
-    def tried(batch: Sequence[Option]) -> tuple[Tensor, Tensor]:
+    def tried(batch: Sequence[Option]) -> tuple[Tensor, Tensor, Tensor]:
         return _energies(codec, spec, batch, picked, evidence, every)
 
-    batches = list(option_batches(options, weight.shape[1]))
-    own, held = zip(*in_parallel(tried, batches, weight.device), strict=True)
+    batches = list(option_batches(options, weight.shape[1], weight.device))
+    own, descended, held = (
+        torch.cat(parts).cpu() for parts in zip(*in_parallel(tried, batches, weight.device), strict=True)
+    )
     unrounded = energies(picked[::every].T[evidence.factor.perm], evidence.heldout).cpu()
-    return _trials(torch.cat(own).cpu(), torch.cat(held).cpu(), unrounded, sample, every, whole, fisher)
+    own = _all_descended(own, descended, sample, every)
+    return _trials(own, held, unrounded, sample, every, whole, fisher)
+
+
+def _all_descended(own: Tensor, descended: Tensor, sample: RowSample, every: int) -> Tensor:
+    """(options, rows) eᵀHe as descents would leave them, from those of the sweep and of every n-th row."""
+    weights = sample.weights[::every].double()
+    swept = (own[:, ::every].double() * weights).sum(1)
+    gain = (descended.double() * weights).sum(1) / swept.clamp_min(TINY)
+    own = own * gain.float().unsqueeze(1)
+    own[:, ::every] = descended
+    return own
 
 
 def quantize(
@@ -126,8 +137,8 @@ def quantize(
     levels: Tensor | None = None
     restored = torch.empty(weight.shape, device=device)
     grids = []
-    swept = sweeps if coupling is None else coupled_sweeps(coupling)
-    for rows, grid, rounded in swept(codec, spec, [option], weight, factor):
+    swept = _uncoupled if coupling is None else coupled_sweeps(coupling)
+    for rows, grid, rounded in swept(codec, spec, option, weight, factor):
         values = rounded.values[:, 0]
         found = codec.levels(spec, option, grid, values)
         levels = found.new_empty(spec.in_features, spec.out_features) if levels is None else levels
@@ -141,9 +152,24 @@ def quantize(
     return tensors, restored
 
 
+class Swept(NamedTuple):
+    """Some output rows of a matrix after the sweep."""
+
+    rows: Tensor  # (n,) int64
+    weight: Tensor  # (in_features, n) float32 in processing order, as it was before
+    grid: Any
+    rounded: Rounded
+
+    def of_rows(self, chosen: Tensor) -> Swept:
+        """Some of them, by their places (k,) int64."""
+        parts = (part.index_select(-1, chosen) for part in self.rounded)
+        picked = self.weight.index_select(-1, chosen)
+        return Swept(self.rows[chosen], picked, self.grid.of_rows(chosen), Rounded(*parts))
+
+
 def sweeps(
     codec: Codec[Any], spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor
-) -> Iterator[tuple[Tensor, Any, Rounded]]:
+) -> Iterator[Swept]:
     """Sweeps of `weight`, (out, in) in the model's channel order, over parts of its output rows."""
     leader = None
     for rows in parts(weight, factor.perm, len(options)):
@@ -152,16 +178,24 @@ def sweeps(
         grid = codec.grid(spec, options, factor, turned, leader)
         rounded = sweep(turned, factor, grid, len(options))
         leader = leader or grid
-        yield rows, *codec.refined(spec, options, grid, factor, turned, rounded)
+        yield Swept(rows, turned, grid, rounded)
+
+
+def _uncoupled(
+    codec: Codec[Any], spec: LinearSpec, option: Option, weight: Tensor, factor: Factor
+) -> Iterator[tuple[Tensor, Any, Rounded]]:
+    """`sweeps` of one option, each followed by descents."""
+    for swept in sweeps(codec, spec, [option], weight, factor):
+        yield swept.rows, *codec.refined(spec, [option], swept.grid, factor, swept.weight, swept.rounded)
 
 
 def coupled_sweeps(coupling: Coupling) -> Callable[..., Iterator[tuple[Tensor, Any, Rounded]]]:
-    """`sweeps` of one option, each over rows that have taken over the errors of those before."""
+    """Like `_uncoupled`, each sweep over rows that have taken over the errors of those before."""
 
     def swept(
-        codec: Codec[Any], spec: LinearSpec, options: Sequence[Option], weight: Tensor, factor: Factor
+        codec: Codec[Any], spec: LinearSpec, option: Option, weight: Tensor, factor: Factor
     ) -> Iterator[tuple[Tensor, Any, Rounded]]:
-        device = factor.pivots.device
+        device, options = factor.pivots.device, [option]
         weight = weight.to(factor.pivots)
         errors = torch.zeros_like(weight)
         leader = _leader(codec, spec, options, weight, factor) if codec.shares_scales else None
@@ -189,50 +223,6 @@ def _leader(
     return grid
 
 
-def parts(weight: Tensor, perm: Tensor, n_options: int) -> list[Tensor]:
-    """Output rows (n,) int64 of each sweep of `weight`, (out, in); every part has rows from all over it.
-
-    The first, whose multipliers the others take over, also has the rows with the largest weights: one
-    for every run of channels of the processing order `perm`. Without them the others would be clipped.
-    """
-    out, in_features = weight.shape
-    n_parts = -(-out // max(32, _rows_at_once(in_features, n_options)))
-    if n_parts == 1:
-        return [torch.arange(out)]
-    size = -(-out // n_parts)
-    first = _reaching_rows(weight, perm, size // 2)
-    others = _without(torch.arange(out), first)
-    fill = others[torch.linspace(0, len(others) - 1, size - len(first)).long()]
-    others = _without(others, fill)
-    return [torch.cat([first, fill]), *(others[part :: n_parts - 1] for part in range(n_parts - 1))]
-
-
-def _reaching_rows(weight: Tensor, perm: Tensor, most: int) -> Tensor:
-    """The row with the largest weight in every run of 32 channels of `perm`, or more: at most `most` rows."""
-    run = 32 * max(1, -(-len(perm) // (32 * most)))
-    order = torch.nn.functional.pad(perm.cpu(), (0, -len(perm) % run), value=int(perm[-1]))
-    reach = [
-        rows.cpu()[:, order].abs().view(len(rows), -1, run).amax(2)  # (rows, runs)
-        for rows in torch.split(weight, ROWS_LOOKED_AT)
-    ]
-    return torch.tensor(sorted(set(torch.cat(reach).argmax(0).tolist())))
-
-
-def _without(rows: Tensor, dropped: Tensor) -> Tensor:
-    return rows[~torch.isin(rows, dropped)]
-
-
-def _rows_at_once(in_features: int, n_options: int) -> int:
-    return SWEEP_BYTES // (in_features * n_options * 8)
-
-
-def option_batches(options: Sequence[Option], in_features: int) -> Iterator[Sequence[Option]]:
-    """Runs of options that are swept together."""
-    at_once = max(1, min(len(options), _rows_at_once(in_features, 1) // FEWEST_ROWS))
-    for start in range(0, len(options), at_once):
-        yield options[start : start + at_once]
-
-
 def _energies(
     codec: Codec[Any],
     spec: LinearSpec,
@@ -240,18 +230,28 @@ def _energies(
     weight: Tensor,
     evidence: Evidence,
     every: int,
-) -> tuple[Tensor, Tensor]:
-    """eᵀHe of each option and row of `weight`: (options, rows) on calibration, every n-th row held out."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """eᵀHe of each option and row of `weight`, after the sweep.
+
+    Returns:
+        (options, rows) on calibration; of every n-th row, after descents, on calibration and held out.
+    """
     factor = evidence.factor
-    own = torch.empty(len(options), len(weight), device=weight.device)
-    heldout = torch.empty_like(own)
+    own, descended, heldout = torch.empty(3, len(options), len(weight), device=weight.device)
     used = factor if evidence.feedback else factor.without_feedback()
-    for rows, _, rounded in sweeps(codec, spec, options, weight, used):
-        undamped = rounded.energy - factor.ridge * rounded.errors.square().sum(0)
-        own[:, rows] = undamped.clamp_min(0) if evidence.feedback else factor.energies(rounded.errors)
-        chosen = (rows % every == 0).nonzero()[:, 0]
-        heldout[:, rows[chosen]] = energies(rounded.errors[:, :, chosen], evidence.heldout)
-    return own, heldout[:, ::every]
+
+    def energy(rounded: Rounded) -> Tensor:
+        if not evidence.feedback:
+            return factor.energies(rounded.errors)
+        return (rounded.energy - factor.ridge * rounded.errors.square().sum(0)).clamp_min(0)
+
+    for swept in sweeps(codec, spec, options, weight, used):
+        own[:, swept.rows] = energy(swept.rounded)
+        part = swept.of_rows((swept.rows % every == 0).nonzero()[:, 0])
+        _, rounded = codec.refined(spec, options, part.grid, used, part.weight, part.rounded)
+        descended[:, part.rows] = energy(rounded)
+        heldout[:, part.rows] = energies(rounded.errors, evidence.heldout)
+    return own, descended[:, ::every], heldout[:, ::every]
 
 
 def _trials(

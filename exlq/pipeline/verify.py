@@ -16,6 +16,7 @@ from exlq.errors import FormatError, ModelError, VerifyError
 from exlq.evaluation.divergence import Divergence, compare
 from exlq.formats.exl2_directory import Exl2Weights
 from exlq.models.model import Model
+from exlq.pipeline import arithmetic, kinds
 from exlq.pipeline.plan import Plan
 from exlq.workspace import Workspace
 
@@ -112,7 +113,8 @@ def verify_model(plan: Plan, written: Model, workspace: Workspace) -> Divergence
     rows, _ = plan.checked_rows()
     rows = rows[: max(1, CHECK_TOKENS // rows.shape[1])]
     try:
-        found = compare(plan.model, written, rows, workspace)
+        with plan.profile.spent(kinds.FORWARDS, arithmetic.comparison(plan.model, rows)):
+            found = compare(plan.model, written, rows, workspace)
     except (FormatError, ModelError) as exc:
         raise VerifyError(f"the written model cannot be run: {exc}") from exc
     if not math.isfinite(found.kl_mean) or not math.isfinite(found.perplexity):

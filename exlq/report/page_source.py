@@ -11,6 +11,7 @@ from typing import Any
 from exlq.errors import InputError
 from exlq.files import read_json
 from exlq.measurement import Measurement, load
+from exlq.report.profile import caption, profile_rows
 from exlq.sizes import format_bytes
 
 SUMMARY, MEASUREMENT, PAGE = "summary.json", "measurement.json", "report.html"
@@ -47,6 +48,7 @@ class Source:
     record: Measurement | None
     summary: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Result] = field(default_factory=dict)
+    profile: tuple[tuple[str, ...], ...] = ()  # rows of its table, where one was asked for
 
     @property
     def corrects(self) -> bool:
@@ -78,6 +80,7 @@ def read_source(path: Path) -> Source:
             record=record,
             summary=summary,
             results={name: _result(made) for name, made in summary["outputs"].items()},
+            profile=_profile(summary.get("profile")),
         )
     except KeyError as exc:
         raise InputError(f"{path / SUMMARY} lacks {exc}; make it again with exlq convert -nr") from exc
@@ -99,6 +102,10 @@ def _result(made: Mapping[str, Any]) -> Result:
         paths=tuple(map(str, made["paths"])),
         notes=tuple(map(str, made["notes"])),
     )
+
+
+def _profile(found: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]:
+    return () if found is None else (*profile_rows(found), ("", caption(found)))
 
 
 def _maybe(value: Any) -> float | None:

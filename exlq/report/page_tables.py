@@ -91,7 +91,9 @@ def detail_sections(source: Source) -> Iterator[tuple[str, list[Row]]]:
         "Machine": list(_leaves(summary.get("machine") or (record.extra.get("made_with") if record else {}))),
         "Hashes": list(_hashes(source)),
     }
-    return ((title, [("", "value"), *rows]) for title, rows in sections.items() if rows)
+    if source.profile:
+        yield "Where the time went", list(source.profile)
+    yield from ((title, [("", "value"), *rows]) for title, rows in sections.items() if rows)
 
 
 def _hashes(source: Source) -> Iterator[Row]:

@@ -120,8 +120,7 @@ def fill(made: Outline, device: torch.device, dtype: torch.dtype) -> Any:
 
 def _parameter(made: Outline, name: str) -> Tensor:
     """A parameter as the module names it, put together where it is fused there."""
-    parts = [part for part, (key, _) in made.layout.fused.items() if key == name] or [name]
-    stored = [made.weights.read(part) for part in parts]
+    stored = [made.weights.read(part) for part in made.layout.sources(name)]
     return stored[0].clone() if len(stored) == 1 else torch.cat(stored)
 
 

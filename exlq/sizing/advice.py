@@ -114,15 +114,14 @@ def cost(
     measured = rows_of(wanted.measure_tokens, length)
     tokens = work.Tokens(rows * length, math.ceil(rows / HELDOUT_EVERY) * length, measured * length)
     tries = [sum(STORED[name].tried(spec) for name in formats) for spec in shape.linears]
-    flop = work.stage_flop(shape.linears, tries, tokens, work.Todo(tuple(formats)))
     sizes = [fit.running.weights for _, fit in bits.values()]
     return Cost(
         effort,
         tokens.quantize,
         tokens.measure,
-        work.stage_seconds(flop, rate),
+        work.stage_seconds(shape.linears, tries, tokens, work.Todo(tuple(formats)), rate, shape.share),
         work.memory_bytes(shape.linears, shape.hidden_size),
-        work.disk_bytes(shape.linears, shape.hidden_size, shape.n_blocks, tokens, sizes),
+        work.disk_bytes(shape.linears, shape.hidden_size, shape.n_blocks, tokens, sizes, shape.share),
     )
 
 

@@ -84,10 +84,10 @@ def buffer_bytes(shape: ModelShape, format: str, context: int) -> int:
     this gives 7.50 and 11.00); from the source of exllamav2 0.3.2, not measured.
     """
     if format == "gguf":
-        floats = shape.vocab_size + 2 * shape.intermediate_size
+        floats = shape.vocab_size + 2 * shape.inner_channels
         return LLAMA_BATCH * (FLOAT_BYTES * floats + HALF_BYTES * _padded(context))
-    largest = max(spec.numel for spec in (*shape.linears[: len(shape.linears) // shape.n_blocks], shape.head))
-    states = EXL2_BATCH * (2 * shape.intermediate_size + 4 * shape.hidden_size)
+    largest = max(spec.numel for spec in (*shape.linears, shape.head))
+    states = EXL2_BATCH * (2 * shape.inner_channels + 4 * shape.hidden_size)
     return HALF_BYTES * (min(largest, EXL2_MOST_DEQUANTIZED) + states)
 
 

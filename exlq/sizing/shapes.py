@@ -10,9 +10,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exlq.errors import ModelError
+from exlq.formats.gguf.recipes import is_quantized_name
 from exlq.models.config import family_of, read_json
-from exlq.models.family import Family
+from exlq.models.family import EXPERTS, MLP, SHARED, Experts, Family, Stage
 from exlq.models.layout import EMBEDDING_KEY, HEAD_KEY, block_key
+from exlq.sizing.tables import (
+    BIASES,
+    BLOCK_NORMS,
+    DOWN,
+    FILE_LINEARS,
+    FILE_NORMS,
+    FILE_NORMS_OF_OUTPUTS,
+    NORMED_HEADS,
+    QKV,
+    ROPE_TENSORS,
+    WINDOW_PERIODS,
+)
+from exlq.sizing.tables import DEFAULTS as DEFAULTS
 from exlq.types import LinearSpec
 
 SLIDING = "sliding_attention"
@@ -26,8 +40,8 @@ class FileTensor(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it holds the weights of a linear or the embedding."""
-        return len(self.shape) == 2
+        """Whether it holds the weights of linears or the embedding."""
+        return len(self.shape) > 1 and is_quantized_name(self.name)
 
     @property
     def numel(self) -> int:
@@ -35,10 +49,26 @@ class FileTensor(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """The experts of a block, and how many of them a token goes to; their width, and the shared one's."""
+
+    count: int = 0
+    per_token: int = 0
+    width: int = 0
+    shared: int = 0
+
+    @property
+    def share(self) -> float:
+        """The part of all tokens that an expert gets, on average."""
+        return self.per_token / max(1, self.count)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes of a model; `biased` names the linears of a block that have a bias.
 
-    `norms` gives the channels of a block's norms by their name; `window` is the tokens that
+    `stages` has the linears of each block, `sparse` the experts of those that have some. `norms` gives
+    the channels of a block's norms by their name; `window` is the tokens that
     `n_windowed` of the blocks see, `rope_tensors` what a GGUF file says of scaled positions.
     """
 
@@ -57,16 +87,32 @@ class ModelShape:
     window: int
     n_windowed: int
     rope_tensors: tuple[FileTensor, ...]
+    stages: tuple[tuple[Stage, ...], ...]
+    sparse: Sparse
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
         """The decoder's linears in model order: what bits per weight are counted over."""
-        parts = [part.name for stage in self.family.stages for part in stage.linears]
         return tuple(
-            LinearSpec(f"{block_key(i)}.{part}", *self._sizes[part], bias=part in self.biased)
-            for i in range(self.n_blocks)
-            for part in parts
+            LinearSpec(
+                f"{block_key(i)}.{self.family.canonical(part.name)}",
+                *self._size(part.name),
+                bias=part.name in self.biased,
+            )
+            for i, stages in enumerate(self.stages)
+            for stage in stages
+            for part in stage.linears
         )
+
+    @property
+    def inner_channels(self) -> int:
+        """Channels inside the MLPs that one token goes through in a block."""
+        sparse = self.sparse
+        return max(self.intermediate_size, sparse.per_token * sparse.width + sparse.shared)
+
+    def share(self, spec: LinearSpec) -> float:
+        """The part of all tokens that reaches a linear, on average."""
+        return self.sparse.share if f".{self.family.canonical(EXPERTS)}." in spec.key else 1.0
 
     @cached_property
     def numel(self) -> int:
@@ -96,6 +142,10 @@ class ModelShape:
         found = [FileTensor("model.norm.weight", (self.hidden_size,))]
         for i in range(self.n_blocks):
             found += [FileTensor(f"{block_key(i)}.{name}.weight", (n,)) for name, n in self.norms.items()]
+        for i in filter(self._is_sparse, range(self.n_blocks)):
+            prefix = f"{block_key(i)}.{self.family.canonical(MLP)}"
+            found.append(FileTensor(f"{prefix}.gate.weight", self._router))
+            found += [FileTensor(f"{prefix}.shared_expert_gate.weight", (1, self.hidden_size))] * self._shares
         found += [FileTensor(f"{s.key}.bias", (s.out_features,)) for s in self.linears if s.bias]
         return tuple(found)
 
@@ -105,7 +155,7 @@ class ModelShape:
         matrix = (self.vocab_size, self.hidden_size)
         ends = [FileTensor("token_embd.weight", matrix), FileTensor("output_norm.weight", matrix[1:])]
         head = [] if self.tied else [FileTensor("output.weight", matrix)]
-        blocks = [tensor for i in range(self.n_blocks) for tensor in self._file_block(f"blk.{i}")]
+        blocks = [tensor for i in range(self.n_blocks) for tensor in self._file_block(i)]
         return (*ends, *self.rope_tensors, *blocks, *head)
 
     @cached_property
@@ -122,19 +172,45 @@ class ModelShape:
             "mlp.down_proj": (inner, hidden),
         }
 
-    def _file_block(self, prefix: str) -> Iterator[FileTensor]:
+    def _size(self, part: str) -> tuple[int, int]:
+        """(in_features, out_features) of a linear of a block."""
+        if part in self._sizes:
+            return self._sizes[part]
+        owner, _, name = part.rpartition(".")
+        width = self.sparse.shared if owner == SHARED else self.sparse.width
+        return (width, self.hidden_size) if name in DOWN else (self.hidden_size, width)
+
+    def _is_sparse(self, index: int) -> bool:
+        return any(stage.expert is not None for stage in self.stages[index])
+
+    @property
+    def _router(self) -> tuple[int, int]:
+        return (self.sparse.count, self.hidden_size)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether sparse blocks have an expert that every token goes through."""
+        return self.sparse.shared > 0
+
+    def _file_block(self, index: int) -> Iterator[FileTensor]:
+        prefix = f"blk.{index}"
         names = {**FILE_NORMS, **(FILE_NORMS_OF_OUTPUTS if self.family.norms_outputs else {})}
         for name, channels in self.norms.items():
             yield FileTensor(f"{prefix}.{names[name]}.weight", (channels,))
-        rows: dict[str, tuple[int, int]] = {}
-        for stage in self.family.stages:
-            for part in stage.linears:
-                in_features, out_features = self._sizes[part.name]
-                before = rows.get(part.module, (0, 0))[0]
-                rows[part.module] = (before + out_features, in_features)
-                if part.name in self.biased:
-                    yield FileTensor(f"{prefix}.{FILE_LINEARS[part.name]}.bias", (out_features,))
-        for module, shape in rows.items():
+        if self._is_sparse(index):
+            yield FileTensor(f"{prefix}.ffn_gate_inp.weight", self._router)
+            yield from [FileTensor(f"{prefix}.ffn_gate_inp_shexp.weight", (self.hidden_size,))] * self._shares
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in (part for stage in self.stages[index] for part in stage.linears):
+            in_features, out_features = self._size(part.name)
+            before = shapes.get(part.module, (0, 0))[0]
+            stacked = (self.sparse.count, out_features, in_features)
+            shapes[part.stack or part.module] = (
+                stacked if part.stack else (before + out_features, in_features)
+            )
+            if part.name in self.biased:
+                yield FileTensor(f"{prefix}.{FILE_LINEARS[part.name]}.bias", (out_features,))
+        for module, shape in shapes.items():
             yield FileTensor(f"{prefix}.{FILE_LINEARS[module]}.weight", shape)
 
 
@@ -173,7 +249,17 @@ def shape_of(raw: Mapping[str, Any], family: Family) -> ModelShape:
         window=int(config.get("sliding_window") or 0),
         n_windowed=_n_windowed(config, family.model_type, n_blocks),
         rope_tensors=_rope_tensors(config, head_dim),
+        stages=tuple(family.stages_of(config.get, i) for i in range(n_blocks)),
+        sparse=_sparse(config, family.experts),
     )
+
+
+def _sparse(config: Mapping[str, Any], names: Experts | None) -> Sparse:
+    if names is None or not names.count(config.get):
+        return Sparse()
+    shared = _number(config, names.shared_width) if names.shared_width else 0
+    per_token = _number(config, "num_experts_per_tok")
+    return Sparse(names.count(config.get), per_token, _number(config, names.width), shared)
 
 
 def _number(config: Mapping[str, Any], key: str) -> int:
@@ -185,7 +271,7 @@ def _number(config: Mapping[str, Any], key: str) -> int:
 
 def _biased(config: Mapping[str, Any], model_type: str) -> frozenset[str]:
     always, attention, mlp = BIASES.get(model_type, ((), False, False))
-    found = set(always)
+    found = set(always) - (QKV if config.get("qkv_bias") is False else set())
     if attention and config.get("attention_bias"):
         found |= {f"self_attn.{name}_proj" for name in "qkvo"}
     if mlp and config.get("mlp_bias"):
@@ -210,64 +296,3 @@ def _rope_tensors(config: Mapping[str, Any], head_dim: int) -> tuple[FileTensor,
     fraction = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     names = ROPE_TENSORS.get(str(scaling.get("rope_type") or scaling.get("type")), ())
     return tuple(FileTensor(name, (int(head_dim * fraction) // 2,)) for name in names)
-
-
-BLOCK_NORMS = {
-    False: ("input_layernorm", "post_attention_layernorm"),
-    True: (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-}
-NORMED_HEADS = ("qwen3", "gemma3_text")
-# By model_type: linears that always have a bias, and whether `attention_bias` and `mlp_bias` are read.
-BIASES: dict[str, tuple[tuple[str, ...], bool, bool]] = {
-    "llama": ((), True, True),
-    "qwen2": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), False, False),
-    "qwen3": ((), True, False),
-    "gemma": ((), True, False),
-    "gemma2": ((), True, False),
-    "gemma3_text": ((), True, False),
-}
-WINDOW_PERIODS = {"gemma2": 2, "gemma3_text": 6}  # every n-th block sees the whole context
-ROPE_TENSORS = {
-    "llama3": ("rope_freqs.weight",),
-    "longrope": ("rope_factors_long.weight", "rope_factors_short.weight"),
-    "su": ("rope_factors_long.weight", "rope_factors_short.weight"),
-}
-FILE_LINEARS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-FILE_NORMS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
-FILE_NORMS_OF_OUTPUTS = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-# What transformers assumes by model_type where config.json is silent; published ones leave these out.
-_GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
-_GEMMA2 = {**_GEMMA, "num_attention_heads": 8, "num_key_value_heads": 4, "sliding_window": 4096}
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "gemma": {**_GEMMA, "num_key_value_heads": 16, "max_position_embeddings": 8192},
-    "gemma2": {**_GEMMA2, "max_position_embeddings": 8192},
-    "gemma3_text": {**_GEMMA2, "max_position_embeddings": 131072, "vocab_size": 262208},
-}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import prod
 from typing import NamedTuple, Protocol
 
 from exlq.errors import FormatError, ModelError
@@ -61,7 +62,7 @@ class Exl2Stored:
         if shape.family.exl2_architecture is None:
             raise ModelError(f"ExLlamaV2 does not know {shape.architecture}")
         try:
-            sizes = {spec: [exl2_bits(o.qparams, spec) for o in OPTIONS] for spec in set(_first_block(shape))}
+            sizes = {size: [exl2_bits(o.qparams, spec) for o in OPTIONS] for size, spec in _sizes(shape)}
         except FormatError as exc:
             raise ModelError(f"this model cannot be written as {self.name}: {exc}") from exc
         return _mean(shape, {s: min(n) for s, n in sizes.items()}), _mean(
@@ -86,9 +87,8 @@ class GgufStored:
     def reach(self, shape: ModelShape) -> tuple[float, float]:
         if shape.family.gguf is None:
             raise ModelError(f"llama.cpp does not know {shape.architecture}")
-        specs = set(_first_block(shape))
-        least = {spec: 8 * _type_bytes(tried(spec).least, spec) for spec in specs}
-        most = {spec: 8 * _type_bytes(tried(spec).most, spec) for spec in specs}
+        least = {size: 8 * _type_bytes(tried(spec).least, spec) for size, spec in _sizes(shape)}
+        most = {size: 8 * _type_bytes(tried(spec).most, spec) for size, spec in _sizes(shape)}
         return _mean(shape, least), _mean(shape, most)
 
     def n_bytes(self, shape: ModelShape, bits: float, head_bits: int) -> int:
@@ -116,7 +116,7 @@ def recipe_bytes(shape: ModelShape, name: str) -> int:
 def extreme_bytes(shape: ModelShape) -> tuple[int, int]:
     """The smallest and the largest GGUF file of mixed types, embedding and head among what is mixed."""
     matrices = [tensor for tensor in shape.file_tensors if tensor.is_matrix]
-    specs = [LinearSpec(t.name, t.shape[1], t.shape[0]) for t in matrices]
+    specs = [LinearSpec(t.name, t.shape[-1], prod(t.shape[:-1])) for t in matrices]
     least = sum(_type_bytes(tried(spec).least, spec) for spec in specs)
     most = sum(_type_bytes(tried(spec).most, spec) for spec in specs)
     return least + beside_bytes(shape), most + beside_bytes(shape)
@@ -154,16 +154,18 @@ def formats_of(shape: ModelShape) -> tuple[str, ...]:
 def _recipe_shape(shape: ModelShape) -> RecipeShape:
     if shape.family.gguf is None:
         raise ModelError(f"llama.cpp does not know {shape.architecture}")
-    return RecipeShape(shape.family.gguf.architecture, shape.n_blocks, shape.n_heads, shape.n_kv_heads)
+    heads = (shape.n_heads, shape.n_kv_heads)
+    return RecipeShape(shape.family.gguf.architecture, shape.n_blocks, *heads, shape.sparse.count)
 
 
-def _first_block(shape: ModelShape) -> tuple[LinearSpec, ...]:
-    """The linears of one block; those of the others have the same sizes."""
-    return shape.linears[: len(shape.linears) // shape.n_blocks]
+def _sizes(shape: ModelShape) -> Iterable[tuple[tuple[int, int], LinearSpec]]:
+    """The sizes of linears that occur, and one of each."""
+    return {(spec.in_features, spec.out_features): spec for spec in shape.linears}.items()
 
 
-def _mean(shape: ModelShape, bits: Mapping[LinearSpec, int]) -> float:
-    return shape.n_blocks * sum(bits.values()) / shape.numel
+def _mean(shape: ModelShape, bits: Mapping[tuple[int, int], int]) -> float:
+    """Bits per weight of all linears, from those of one of each size."""
+    return sum(bits[spec.in_features, spec.out_features] for spec in shape.linears) / shape.numel
 
 
 def _type_bytes(kind: str, spec: LinearSpec) -> int:

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from exlq.sizing import flops
 from exlq.types import LinearSpec
 
-SLOWDOWN = 1.6  # of whole stages over their matrix products, on CPUs
+SLOWDOWN = 1.5  # of whole stages over their matrix products, on CPUs: scripts/bench_scale.py
+TRIAL_S = 2.5e-5  # beside them, for each input channel and option of a linear: scales, columns, calls
+ROUNDING_S = 3e-4  # likewise of a linear rounded for good
+WALKS = 3  # of a descent
 FLOAT_BYTES = 4
 GRADIENTS, MEASURING = "gradients", "measuring"
 GRADIENT_TOKENS = 8192  # of `pipeline.sensitivity.TOKENS`
 SAMPLED_ROWS, SWEEP_BYTES = 1024, 192 << 20  # of `pipeline.trial`
+JUDGED_EVERY = 8  # of its rows, SAMPLED_ROWS over HELDOUT_ROWS there
+FLOAT64 = 2  # times as long as float32
 COUPLED_ROWS = 1024  # of `numerics.coupling.RUN`
 PROCESS_BYTES = 512 << 20  # libraries, tokens, logits
+Share = Callable[[LinearSpec], float]  # the part of all tokens that reaches a linear
 PROBE, PROBE_S = 512, 0.1  # side of the matrices whose product is timed, and for how long
 
 
@@ -44,24 +51,35 @@ class Todo:
 
 
 def stage_flop(
-    linears: Sequence[LinearSpec], tries: Sequence[int], tokens: Tokens, todo: Todo
+    linears: Sequence[LinearSpec],
+    tries: Sequence[int],
+    tokens: Tokens,
+    todo: Todo,
+    share: Share = lambda _: 1.0,
 ) -> dict[str, float]:
     """Operations by stage, in their order.
 
     Args:
         tries: options measured of each linear, over all formats.
     """
-    forward = 2 * sum(spec.numel for spec in linears)  # a token
-    inputs = {(spec.key.rpartition(".")[0], spec.in_features) for spec in linears}
-    hessians = sum(2 * size**2 for _, size in inputs)
-    factors = sum(size**3 for _, size in inputs)
+    forward = sum(flops.forward(spec.numel, 1) * share(spec) for spec in linears)
+    inputs = {(spec.key.rpartition(".")[0], spec.in_features): share(spec) for spec in linears}
+    hessians = sum(flops.second_moment(size, 1) * part for (_, size), part in inputs.items())
+    drift = sum(flops.cross_moment(size, size, 1) * part for (_, size), part in inputs.items())
+    factors = FLOAT64 * sum(flops.factor(size) for _, size in inputs)
     trials = sum(
-        n * min(spec.out_features, SAMPLED_ROWS) * 1.5 * spec.in_features**2
+        flops.trials(spec.in_features, rows, rows // JUDGED_EVERY, n)
+        + flops.descent(spec.in_features, rows // JUDGED_EVERY, WALKS, n)
         for spec, n in zip(linears, tries, strict=True)
+        for rows in [min(spec.out_features, SAMPLED_ROWS)]
     )
-    sweeps = sum(spec.out_features * spec.in_features**2 for spec in linears)
-    beside = 2 if todo.feedback else 1
-    quantizing = tokens.quantize * beside * (forward + hessians) + beside * sweeps + factors
+    sweeps = sum(
+        flops.sweep(spec.in_features, spec.out_features)
+        + flops.descent(spec.in_features, spec.out_features, WALKS)
+        for spec in linears
+    )
+    beside, drift = (2, drift) if todo.feedback else (1, 0.0)
+    quantizing = tokens.quantize * (beside * forward + hessians + drift) + beside * sweeps + factors
     stages: dict[str, float] = {}
     if todo.gradients:
         stages[GRADIENTS] = 4 * forward * min(GRADIENT_TOKENS, tokens.measure)
@@ -71,9 +89,21 @@ def stage_flop(
     return stages | {f"verifying {name}": tokens.heldout * 2 * forward for name in todo.outputs}
 
 
-def stage_seconds(flop: Mapping[str, float], rate: float) -> dict[str, float]:
-    """Seconds by stage at `rate` operations per second of plain matrix products."""
-    return {stage: SLOWDOWN * n / rate for stage, n in flop.items()}
+def stage_seconds(
+    linears: Sequence[LinearSpec],
+    tries: Sequence[int],
+    tokens: Tokens,
+    todo: Todo,
+    rate: float,
+    share: Share = lambda _: 1.0,
+) -> dict[str, float]:
+    """Seconds by stage at `rate` operations per second of matrix products; arguments of `stage_flop`."""
+    beside = {
+        MEASURING: TRIAL_S * sum(spec.in_features * n for spec, n in zip(linears, tries, strict=True)),
+        **{f"quantizing {name}": ROUNDING_S * sum(s.in_features for s in linears) for name in todo.outputs},
+    }
+    flop = stage_flop(linears, tries, tokens, todo, share)
+    return {stage: SLOWDOWN * n / rate + beside.get(stage, 0.0) for stage, n in flop.items()}
 
 
 def measuring_seconds(stages_s: Mapping[str, float]) -> float:
@@ -93,7 +123,12 @@ def memory_bytes(linears: Sequence[LinearSpec], hidden_size: int) -> int:
 
 
 def disk_bytes(
-    linears: Sequence[LinearSpec], hidden_size: int, n_blocks: int, tokens: Tokens, sizes: Sequence[int]
+    linears: Sequence[LinearSpec],
+    hidden_size: int,
+    n_blocks: int,
+    tokens: Tokens,
+    sizes: Sequence[int],
+    share: Share = lambda _: 1.0,
 ) -> int:
     """Hidden states of the widest pass, what couples output rows, and the outputs, the largest twice.
 
@@ -103,11 +138,17 @@ def disk_bytes(
     Args:
         sizes: bytes of each output.
     """
-    widest = max(spec.in_features for spec in linears)
+    widest = max(spec.in_features for spec in linears if share(spec) == 1.0)  # experts' inputs are not kept
     passes = 22 * tokens.quantize * (4 * hidden_size + widest) // 10
     states = max(passes, GRADIENT_TOKENS * (n_blocks + 2) * hidden_size)
-    coupled = sum(min(COUPLED_ROWS, spec.out_features) * spec.out_features for spec in linears) // 2
+    runs = ((spec, min(COUPLED_ROWS, spec.out_features)) for spec in linears)
+    coupled = sum(run * s.out_features for s, run in runs if share(s) == 1.0 or _couples(share(s), run)) // 2
     return FLOAT_BYTES * (states + coupled) + 2 * sum(sizes) + max(sizes, default=0)
+
+
+def _couples(share: float, run: int) -> bool:
+    """Whether gradients enough reach an expert, as `CouplingSum.couples` has it."""
+    return share * GRADIENT_TOKENS >= run
 
 
 def gemm_rate() -> float:

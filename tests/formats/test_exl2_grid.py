@@ -11,7 +11,7 @@ from torch import Tensor
 from exlq.formats import exl2
 from exlq.formats.exl2_grid import Exl2Grid, levels_of
 from exlq.formats.exl2_options import OPTIONS, groups_of
-from exlq.numerics import hessian, rounding, scales
+from exlq.numerics import hessian, kernels, rounding, scales
 from exlq.numerics.hessian import Factor
 from exlq.numerics.rounding import Rounded, sweep
 from exlq.types import Group
@@ -183,7 +183,7 @@ def test_the_compiled_loop_rounds_as_the_plain_one(monkeypatch: pytest.MonkeyPat
     factor = hessian.factor(of)
     weight = magnitude * torch.randn(192, 600, generator=torch.Generator().manual_seed(42))
     layouts = [groups_of(option.qparams, 192) for option in (OPTIONS[0], OPTIONS[8], OPTIONS[-1])]
-    assert scales.COMPILED
+    assert kernels.COMPILED
     compiled = rounding.sweep(weight, factor, Exl2Grid(layouts, factor.pivots, 600), 3)
     monkeypatch.setattr("exlq.numerics.rounding.COMPILED", False)
     plain = rounding.sweep(weight, factor, Exl2Grid(layouts, factor.pivots, 600), 3)

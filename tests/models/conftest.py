@@ -25,6 +25,8 @@ CASES = [
     for tied in (True, False)
     if tied or family not in ("gemma", "gemma2", "gemma3")
 ]
+SPARSE = ("mixtral", "qwen2_moe", "qwen3_moe")
+DENSE_CASES = [case for case in CASES if case[0] not in SPARSE]
 TinyMaker = Callable[[str, bool], Path]
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from exlq.models.model import Model
-from tests.models.conftest import CASES, TinyMaker, opened, streamed_states, whole_model
+from tests.models.conftest import DENSE_CASES, TinyMaker, opened, streamed_states, whole_model
 
 
-@pytest.mark.parametrize(("family", "tied"), CASES)
+@pytest.mark.parametrize(("family", "tied"), DENSE_CASES)
 def test_gradients_through_all_blocks_equal_autograds(
     tiny: TinyMaker, family: str, tied: bool, rows: Tensor
 ) -> None:
@@ -70,7 +70,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize(("family", "tied"), CASES)
+@pytest.mark.parametrize(("family", "tied"), DENSE_CASES)
 def test_every_stages_input_is_what_its_linears_see(
     tiny: TinyMaker, family: str, tied: bool, rows: Tensor
 ) -> None:

@@ -15,7 +15,7 @@ from exlq.checkpoint.open import open_checkpoint
 from exlq.models.families import FAMILIES
 from exlq.models.open import open_model
 from tests.helpers import edit_config, make_model
-from tests.models.conftest import CASES, CPU, TinyMaker, opened, streamed_logits, whole_logits
+from tests.models.conftest import CASES, CPU, SPARSE, TinyMaker, opened, streamed_logits, whole_logits
 
 ROPE_KINDS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -124,9 +124,10 @@ def test_linears_and_plain_tensors_are_all_there_is(tiny: TinyMaker, family: str
         assert (bias is not None) == linear.spec.bias
         numel += weight.numel() + (0 if bias is None else bias.numel())
     assert numel == sum(value.numel() for value in stored.values())
-    assert [linear.stage for linear in model.linears(0)] == ["attn_in"] * 3 + ["attn_out"] + [
-        "mlp_in"
-    ] * 2 + ["mlp_out"]
+    wanted = [stage.input_key for stage in model.stages(0) for _ in stage.linears]
+    assert [linear.stage for linear in model.linears(0)] == wanted
+    assert wanted[:4] == ["attn_in"] * 3 + ["attn_out"]
+    assert family in SPARSE or wanted[4:] == ["mlp_in"] * 2 + ["mlp_out"]
 
 
 class Spy:
@@ -163,7 +164,8 @@ def test_at_most_one_block_is_in_memory(tiny: TinyMaker, rows: Tensor) -> None:
             block.forward(torch.zeros(1, 4, 64))
             real = {name for name, value in model._skeleton.named_parameters() if not value.is_meta}
             prefix = f"model.layers.{index}."
-            assert {name for name in real if name.startswith(prefix)} == set(spy.read_keys)
+            read = {name for name in spy.read_keys if name.startswith(prefix)}  # the next ones are looked at
+            assert {name for name in real if name.startswith(prefix)} == read
             assert {name for name in real if not name.startswith(prefix)} == {"model.norm.weight"}
     assert sum(not value.is_meta for value in model._skeleton.parameters()) == 1
 

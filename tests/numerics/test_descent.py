@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from exlq.numerics import descent
-from exlq.numerics.descent import Lattice, descend, runs_of
-from exlq.numerics.hessian import energies
+from exlq.numerics.descent import Lattice, descend
+from exlq.numerics.hessian import energies, runs_of
 from tests.numerics.helpers import correlated_hessian, heavy_tailed
 
 TABLE = tuple(range(-120, 121, 16))
@@ -26,7 +26,7 @@ class FreeMoves:
         self._steps = scale[:1]
 
     def candidates(self, index: int) -> Lattice:
-        factors = torch.tensor(SCALES).unsqueeze(1)
+        factors = torch.tensor(SCALES, device=self.scale.device).unsqueeze(1)
         steps = self.scale[index] * factors
         self._steps = steps
         offsets = self.offset[index].expand_as(steps).contiguous()
@@ -41,7 +41,7 @@ class FreeMoves:
         levels = (weight + offset) / scale
         if self.table is None:
             return scale * levels.round().clamp(self.low, self.high) - offset
-        table = torch.tensor(self.table, dtype=torch.float32)
+        table = torch.tensor(self.table, dtype=torch.float32, device=weight.device)
         return scale * table[(levels.unsqueeze(-1) - table).abs().argmin(-1)] - offset
 
 

@@ -49,6 +49,9 @@ class SteppedGrid:
         assert column == self.column
         return rounded_to(weights, self.steps[column])
 
+    def of_rows(self, rows: Tensor) -> SteppedGrid:
+        raise NotImplementedError
+
     def kernel(self, start: int, end: int) -> None:
         """There is none: the plain loop is what is tested."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from exlq.numerics import scales
+from exlq.numerics import kernels, scales
 from tests.numerics.helpers import heavy_tailed
 
 BITS = [2, 3, 4, 5, 6, 8]
@@ -93,7 +93,7 @@ def test_groups_of_unlike_bits_are_fitted_as_each_alone() -> None:
 
 
 def test_the_compiled_search_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert scales.COMPILED
+    assert kernels.COMPILED
     weights = heavy_tailed(64, 3 * 200, seed=33).reshape(64, 3, 200)
     importance = torch.rand(64, generator=torch.Generator().manual_seed(34))
     probes = 0.01 + 0.02 * torch.rand(5, 3, 200, generator=torch.Generator().manual_seed(35))

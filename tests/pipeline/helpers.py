@@ -137,7 +137,8 @@ class Stored:
     @property
     def decoder_bpw(self) -> float:
         """8 × bytes of rows over weights, of all matrices inside blocks."""
-        of = [t for t in self.tensors.values() if t.name.startswith("blk.") and len(t.shape) == 2]
+        of = [t for t in self.tensors.values() if t.name.startswith("blk.") and len(t.shape) > 1]
+        of = [t for t in of if "gate_inp" not in t.name]  # routers
         return 8 * sum(int(t.n_bytes) for t in of) / sum(int(t.n_elements) for t in of)
 
     def values(self, name: str) -> Tensor:

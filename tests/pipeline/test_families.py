@@ -32,7 +32,10 @@ CASES = [
     ("gemma", True),
     ("gemma2", True),
     ("phi3", False),
+    ("mixtral", False),
+    ("qwen3_moe", False),
 ]
+PLAIN = ("model.embed_tokens.weight", ".gate.weight")  # a router is kept as it is
 WANTED_KEYS = {"quant_method", "version", "bits", "head_bits", "calibration"}
 
 
@@ -49,32 +52,29 @@ def test_at_6_bits_per_weight_it_predicts_as_its_base(
     config = settings(base, tmp_path / "out", ids_file)
     summary = convert(config)
     written = tmp_path / "out" / "exl2"
-    check_divergence(base, written, make_plan(config).checked_rows()[0])
+    most = 0.03 if family == "qwen3_moe" else 0.01  # a token sent to other experts costs more than rounding
+    check_divergence(base, written, make_plan(config).checked_rows()[0], most)
     check_bits(base, written, summary["outputs"]["exl2"]["bpw"])
     check_files(base, written)
     check_settings(written)
 
 
-def check_divergence(base: Path, written: Path, rows: torch.Tensor) -> None:
+def check_divergence(base: Path, written: Path, rows: torch.Tensor, most: float) -> None:
     """KL from the base's own whole forward to what the written tensors give."""
     model = open_model(written, Exl2Weights(written), device=torch.device("cpu"))
     log_p = whole_logits(base, rows).double().log_softmax(-1)
     log_q = streamed_logits(model, rows).double().log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert 0 < kl < 0.01
+    assert 0 < kl < most
 
 
 def check_bits(base: Path, written: Path, bpw: float) -> None:
     """The stored bits, counted in the files, over the weights, counted in transformers' model."""
     bits = stored_bits(written)
     assert bits.pop("lm_head") > 0
-    numel = sum(module.weight.numel() for module in linear_modules(base))
+    layers = whole_model(base).model.layers.named_parameters()
+    numel = sum(parameter.numel() for name, parameter in layers if "proj" in name and parameter.ndim > 1)
     assert sum(bits.values()) / numel == bpw <= 6.0
-
-
-def linear_modules(base: Path) -> list[torch.nn.Linear]:
-    layers = whole_model(base).model.layers
-    return [module for module in layers.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def check_files(base: Path, written: Path) -> None:
@@ -91,11 +91,8 @@ def check_files(base: Path, written: Path) -> None:
         assert (written / name).read_bytes() == (base / name).read_bytes()
     stored = load_file(written / "output.safetensors")
     plain = {name for name in stored if name.endswith(".weight")}
-    assert plain == {
-        name
-        for name in whole_model(base).state_dict()
-        if "norm" in name or name == "model.embed_tokens.weight"
-    }
+    sources = load_file(base / "model.safetensors")
+    assert plain == {name for name in sources if "norm" in name or name.endswith(PLAIN)}
 
 
 def check_settings(written: Path) -> None:

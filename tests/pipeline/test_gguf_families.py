@@ -17,8 +17,8 @@ from tests.pipeline.conftest import TinyMaker
 from tests.pipeline.helpers import Stored, convert, copied, settings
 from tests.pipeline.test_families import CASES as KNOWN_TO_EXL2
 
-CASES = [*KNOWN_TO_EXL2, ("gemma3", True)]
-IN_LLAMA_CPP = {"qwen2", "gemma2", "gemma3", "phi3"}
+CASES = [*KNOWN_TO_EXL2, ("gemma3", True), ("qwen2_moe", False)]
+IN_LLAMA_CPP = {"qwen2", "gemma2", "gemma3", "phi3", "mixtral", "qwen2_moe", "qwen3_moe"}
 
 
 def test_no_family_that_llama_cpp_knows_is_left_out() -> None:

@@ -102,7 +102,7 @@ def test_hessians_are_of_the_models_own_inputs_on_the_rows_each_is_for(
         calibration.append(matrix.clone())
         return real_factor(matrix, **arguments)
 
-    def recording(plan: Any, spec: Any, of: Callable[[Any], Evidence], *rest: Any) -> LinearRecord:
+    def recording(plan: Any, spec: Any, of: Callable[[Any], Evidence], *rest: Any) -> measure.Pending:
         evidence = of(CODECS["exl2"])
         back = torch.argsort(evidence.factor.perm)
         heldout[spec.key] = evidence.heldout[back][:, back]
@@ -171,7 +171,7 @@ def test_an_interrupted_measurement_goes_on_to_the_identical_record(
     tried: list[str] = []
     real = measure._record
 
-    def recording(plan: Any, spec: Any, *rest: Any) -> LinearRecord:
+    def recording(plan: Any, spec: Any, *rest: Any) -> measure.Pending:
         tried.append(spec.key)
         return real(plan, spec, *rest)
 

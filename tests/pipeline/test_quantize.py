@@ -18,7 +18,8 @@ from exlq.numerics.hessian import HessianSum
 from exlq.pipeline import passes
 from exlq.pipeline.plan import Plan, make_plan
 from exlq.pipeline.progress import silent
-from exlq.pipeline.quantize import Rounding, quantized_linears
+from exlq.pipeline.quantize import quantized_linears
+from exlq.pipeline.rounding import Rounding
 from exlq.types import Option
 from exlq.workspace import Workspace
 from tests.models.conftest import whole_model

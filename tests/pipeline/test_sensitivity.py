@@ -92,7 +92,7 @@ def test_it_equals_autograd_through_the_whole_model(
 def test_the_heads_information_is_the_expected_variance_of_each_token(
     tiny: TinyMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Tensor, family: str
 ) -> None:
-    monkeypatch.setattr(sensitivity, "HEAD_TOKENS", 7)
+    monkeypatch.setattr("exlq.pipeline.information.HEAD_TOKENS", 7)
     directory = tiny(family, True)
     found = sensitivity.fisher(opened(directory), rows, Workspace(tmp_path), SEED, tmp_path / FILE, silent)
     p = whole_logits(directory, rows).double().softmax(-1).flatten(0, 1)

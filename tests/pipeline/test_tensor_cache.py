@@ -19,7 +19,8 @@ from exlq.pipeline import job, trial, verify
 from exlq.pipeline.config import ConvertConfig, Methods
 from exlq.pipeline.plan import make_plan
 from exlq.pipeline.progress import silent
-from exlq.pipeline.quantize import Rounding, quantized_linears
+from exlq.pipeline.quantize import quantized_linears
+from exlq.pipeline.rounding import Rounding
 from exlq.pipeline.tensor_cache import Kept, TensorCache, basis, names
 from exlq.types import Option
 from exlq.workspace import Workspace
@@ -150,9 +151,9 @@ def test_an_interrupted_pass_goes_on_after_its_last_block(
     opened: list[int] = []
     real = Block.staged
 
-    def watched(self: Block, *rest: Any) -> Any:
+    def watched(self: Block, *rest: Any, **named: Any) -> Any:
         opened.append(1)
-        return real(self, *rest)
+        return real(self, *rest, **named)
 
     monkeypatch.setattr(Block, "staged", watched)
     convert(config)
@@ -228,6 +229,9 @@ def test_what_is_kept_comes_back_and_a_truncated_file_does_not(tmp_path: Path) -
     assert found is not None
     assert (found.raised, found.dead, found.tensors.keys()) == (2, 7, tensors.keys())
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+    assert found.reached is None
+    cache.write("x", Kept(tensors, reached=0))
+    assert getattr(cache.read("x"), "reached", None) == 0
     assert cache.read("y") is None
     (path,) = (tmp_path / "tensors").iterdir()
     path.write_bytes(path.read_bytes()[:-3])

@@ -18,7 +18,7 @@ from exlq.formats.exl2_codec import Exl2Codec
 from exlq.formats.exl2_options import OPTIONS
 from exlq.numerics import hessian
 from exlq.numerics.hessian import Factor
-from exlq.pipeline import trial
+from exlq.pipeline import parts, trial
 from exlq.pipeline.trial import RowSample, Trial, Trials
 from exlq.types import LinearSpec, Option
 from tests.numerics.helpers import correlated_tokens, energy_of, heavy_tailed
@@ -176,7 +176,7 @@ def test_a_matrix_of_few_rows_is_tried_whole() -> None:
 def test_sweeping_in_parts_costs_next_to_nothing(monkeypatch: pytest.MonkeyPatch, option: Option) -> None:
     problem = Problem.make(96, 600, seed=7)
     at_once = problem.energy(problem.weight - problem.restored(option), problem.calibration).sum()
-    monkeypatch.setattr(trial, "SWEEP_BYTES", 200 * 96 * 8)
+    monkeypatch.setattr(parts, "SWEEP_BYTES", 200 * 96 * 8)
     tensors, restored = trial.quantize(CODEC, problem.spec, option, problem.weight, problem.factor)
     assert torch.equal(CODEC.unpack(tensors, problem.spec, option), restored)
     in_parts = problem.energy(problem.weight - restored, problem.calibration).sum()
@@ -188,11 +188,11 @@ def test_trials_in_parts_and_batches_of_options_are_those_in_one(monkeypatch: py
     problem, options = Problem.make(96, 600, seed=8), OPTIONS[1::9]
     problem.weight[5] *= 8
     whole = problem.tried(options).options
-    monkeypatch.setattr(trial, "SWEEP_BYTES", 2 * 300 * 96 * 8)
-    monkeypatch.setattr(trial, "FEWEST_ROWS", 300)
-    assert [len(batch) for batch in trial.option_batches(options, 96)] == [2, 2]
-    monkeypatch.setattr(trial, "FEWEST_ROWS", 150)  # four options at once, in four parts
-    assert len(trial.parts(problem.weight, problem.factor.perm, 4)) == 4
+    monkeypatch.setattr(parts, "SWEEP_BYTES", 2 * 300 * 96 * 8)
+    monkeypatch.setattr(parts, "FEWEST_ROWS", 300)
+    assert [len(batch) for batch in parts.option_batches(options, 96, torch.device("cpu"))] == [2, 2]
+    monkeypatch.setattr(parts, "FEWEST_ROWS", 150)  # four options at once, in four parts
+    assert len(parts.parts(problem.weight, problem.factor.perm, 4)) == 4
     for found, expected in zip(problem.tried(options).options, whole, strict=True):
         assert found.err == pytest.approx(expected.err, rel=0.05)
         assert found.err_heldout == pytest.approx(expected.err_heldout, rel=0.05)
@@ -202,9 +202,9 @@ def test_trials_in_parts_and_batches_of_options_are_those_in_one(monkeypatch: py
 def test_every_row_is_swept_once_in_bounded_memory(
     monkeypatch: pytest.MonkeyPatch, out: int, n_options: int
 ) -> None:
-    monkeypatch.setattr(trial, "SWEEP_BYTES", 1 << 20)
+    monkeypatch.setattr(parts, "SWEEP_BYTES", 1 << 20)
     weight = heavy_tailed(out, 256, seed=13)
-    pieces = trial.parts(weight, torch.randperm(256), n_options)
+    pieces = parts.parts(weight, torch.randperm(256), n_options)
     assert sorted(torch.cat(pieces).tolist()) == list(range(out))
     for rows in pieces:
         assert len(rows) <= max(32, (1 << 20) // (8 * 256 * n_options))
@@ -247,8 +247,8 @@ def test_tensors_that_do_not_give_the_weights_back_are_refused(monkeypatch: pyte
 
 
 def test_two_threads_measure_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "SWEEP_BYTES", 2 * 256 * 96 * 8)
-    monkeypatch.setattr(trial, "FEWEST_ROWS", 256)
+    monkeypatch.setattr(parts, "SWEEP_BYTES", 2 * 256 * 96 * 8)
+    monkeypatch.setattr(parts, "FEWEST_ROWS", 256)
     problem = Problem.make(96, 256, seed=9)
     alone = problem.tried(OPTIONS[::4])
     before = torch.get_num_threads()

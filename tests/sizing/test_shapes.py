@@ -111,6 +111,36 @@ def test_what_config_json_leaves_out_is_what_transformers_assumes(family: str) -
     assert counted == keys
 
 
+# Of the model cards, which count every parameter.
+WITH_EXPERTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "Mixtral-8x7B": (
+        "mixtral",
+        46_702_792_704,
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000},
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        "qwen2_moe",
+        14_315_784_192,
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
+    ),
+    "Qwen3-30B-A3B": (
+        "qwen3_moe",
+        30_532_122_624,
+        {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "head_dim": 128},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_published_models_with_experts_have_as_many_parameters_as_their_cards_say(name: str) -> None:
+    family, wanted, config = WITH_EXPERTS[name]
+    common = {"num_attention_heads": 32, "vocab_size": 151936, "max_position_embeddings": 32768}
+    raw = {**common, **config, "model_type": FAMILIES[family].model_type}
+    shape = shape_of(raw, FAMILIES[family])
+    matrices = shape.numel + shape.embedding.numel + shape.head.numel
+    assert matrices + sum(vector.numel for vector in shape.vectors) == wanted
+
+
 def test_windows_are_counted_where_the_runtimes_have_them() -> None:
     shape = shape_of({**config_of("gemma3", True).to_dict()}, FAMILIES["gemma3"])
     assert (shape.n_windowed, shape.window) == (1, 8)

@@ -6,7 +6,7 @@ import pytest
 
 from exlq.calibration.rows import DEFAULT_LENGTH, HELDOUT_EVERY, MINIMUM_ROWS
 from exlq.numerics import coupling
-from exlq.pipeline import sensitivity, trial
+from exlq.pipeline import parts, sensitivity, trial
 from exlq.sizing import advice, effort, work
 from exlq.sizing.advice import advise
 from exlq.sizing.fitting import Room
@@ -15,7 +15,8 @@ from tests.sizing.helpers import published
 
 def test_the_figures_are_those_of_the_modules_that_do_the_work() -> None:
     assert sensitivity.TOKENS == work.GRADIENT_TOKENS
-    assert (trial.SAMPLED_ROWS, trial.SWEEP_BYTES) == (work.SAMPLED_ROWS, work.SWEEP_BYTES)
+    assert (trial.SAMPLED_ROWS, parts.SWEEP_BYTES) == (work.SAMPLED_ROWS, work.SWEEP_BYTES)
+    assert trial.SAMPLED_ROWS // trial.HELDOUT_ROWS == work.JUDGED_EVERY
     assert coupling.RUN == work.COUPLED_ROWS
     assert advice.HELDOUT_EVERY == HELDOUT_EVERY
     assert (effort.ROW_LENGTH, effort.LEAST_ROWS) == (DEFAULT_LENGTH, MINIMUM_ROWS)
@@ -39,10 +40,10 @@ def test_more_effort_takes_more(name: str) -> None:
     assert list(costs[0].stages_s)[:2] == ["gradients", "measuring"]
 
 
-def test_time_goes_with_the_rate() -> None:
+def test_time_goes_with_the_rate_where_products_are_slow() -> None:
     shape, room = published("Llama-3.1-8B"), Room(32 << 30, 4096)
-    slow, fast = (advise(shape, room, rate).costs[1].total_s for rate in (1e10, 1e12))
-    assert slow == pytest.approx(100 * fast)
+    slow, fast = (advise(shape, room, rate).costs[1].total_s for rate in (1e8, 1e10))
+    assert slow == pytest.approx(100 * fast, rel=0.05)
 
 
 def test_the_product_rate_is_within_reason() -> None:

@@ -19,6 +19,7 @@ EXAMPLES = (
     "exlq convert -i MODEL -o OUT --gguf-type Q4_K_M",
     "exlq convert -i MODEL -o OUT -om measurement.json    # measure once,",
     "exlq convert -i MODEL -o OUT-4 -b 4 -m measurement.json    # then make any size",
+    "exlq convert -i MODEL -o OUT -b 4 --threads 4 --workers 3    # 16 cores: this process and three more",
 )
 
 
@@ -28,7 +29,15 @@ def arrange(parser: argparse.ArgumentParser) -> None:
     arrange_calibration(parser.add_argument_group("calibration"))
     _arrange_measurement(parser.add_argument_group("measuring"))
     _arrange_gguf(parser.add_argument_group("GGUF"))
-    arrange_machine(parser.add_argument_group("machine and job"))
+    machine = parser.add_argument_group("machine and job")
+    arrange_machine(machine, several=", or several GPUs as cuda:0,cuda:1")
+    machine.add_argument("--profile", action="store_true", help="print where the time went")
+    machine.add_argument(
+        "--workers",
+        metavar="WHERE",
+        help="share the work with N processes of this machine, with the Ray cluster it has joined (ray), or "
+        "with one at ray://HOST:PORT; wants exlq[ray]",
+    )
 
 
 def _arrange_places(group: argparse._ArgumentGroup) -> None:

@@ -18,8 +18,9 @@ def arrange_calibration(parser: argparse._ActionsContainer) -> None:
     add("--parse-special", action="store_true", help="let special tokens spelled out in text be special")
 
 
-def arrange_machine(parser: argparse._ActionsContainer) -> None:
+def arrange_machine(parser: argparse._ActionsContainer, several: str = "") -> None:
+    """`several` is said of `--device`, where it may name several."""
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of everything drawn by lot; default 0")
     add("--threads", type=int, metavar="N", help="threads of the arithmetic; default torch's")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, mps; default cpu")
+    add("--device", default="cpu", help=f"cpu, cuda, cuda:1, mps{several}; default cpu")

@@ -12,6 +12,7 @@ from gguf import GGUFValueType
 
 from exlq.errors import ModelError
 from exlq.formats.gguf import rope
+from exlq.formats.gguf.experts import expert_parameters
 from exlq.formats.gguf.values import KeyValue
 from exlq.types import GgufFamily
 
@@ -78,6 +79,7 @@ def hyper_parameters(config: Mapping[str, Any], family: GgufFamily) -> list[KeyV
     ]
     epsilon = f"{architecture}.attention.layer_norm_rms_epsilon"
     entries.append(KeyValue(epsilon, float(number(config, "rms_norm_eps")), GGUFValueType.FLOAT32))
+    entries += expert_parameters(config, architecture)
     entries += _soft_caps(config, architecture) + _window(config, architecture)
     positions = rope.read_rope(config)
     if architecture == "phi3":  # wanted even where nothing is scaled
@@ -242,6 +244,8 @@ _ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "llama": _SILU,
     "qwen2": _SILU,
     "qwen3": _SILU,
+    "qwen2moe": _SILU,
+    "qwen3moe": _SILU,
     "phi3": _SILU,
     "gemma": _GELU,
     "gemma2": _GELU,
@@ -263,10 +267,26 @@ _GEMMA2: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
+_QWEN3_MOE: dict[str, Any] = {
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-6,
+}
+_QWEN2_MOE: dict[str, Any] = {
+    "num_experts": 60,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "num_experts_per_tok": 4,
+    "rms_norm_eps": 1e-6,
+}
 # What transformers assumes by model_type; configs of Gemma are known to leave these out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6},
     "qwen3": {"head_dim": 128, "rms_norm_eps": 1e-6},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen3_moe": _QWEN3_MOE,
     "gemma": {**_GEMMA, "max_position_embeddings": 8192},
     "gemma2": {
         **_GEMMA2,

@@ -11,7 +11,15 @@ from torch import Tensor
 from exlq.errors import ModelError
 from exlq.formats.gguf.reader import GgufFile
 from exlq.formats.gguf.recipes import Shape
-from exlq.formats.gguf.tensors import Entry, file_place, find_name, name_map, pair_order, stored_names
+from exlq.formats.gguf.tensors import (
+    Entry,
+    file_place,
+    file_shape,
+    find_name,
+    name_map,
+    pair_order,
+    stored_names,
+)
 from exlq.formats.gguf.values import KeyValue
 from exlq.formats.gguf_blocks import FLOAT_TYPES
 from exlq.types import GgufFamily, Weights
@@ -75,7 +83,7 @@ def _entry(weights: Weights, template: GgufFile, name: str, sources: tuple[str, 
         values = FLOAT_TYPES[info.type].unpack(template.read(name))
         return Entry(name, (), (), info.shape, value=values)
     rows = tuple(weights.shape(source)[0] for source in sources)
-    if info.shape != (sum(rows), *weights.shape(sources[0])[1:]):
+    if info.shape != file_shape(name, [weights.shape(source) for source in sources]):
         raise ModelError(f"{template.path}: {name} is {info.shape}, the model's is of another size")
     order, shift = _transformation(weights, template, name, sources, shape)
     return Entry(name, sources, rows, info.shape, order=order, shift=shift)
@@ -86,8 +94,10 @@ def _transformation(
 ) -> tuple[Tensor | None, float]:
     """The order of rows and the shift that make the template's tensor of the model's."""
     kind = template.tensors[name].type
-    wanted = _some_columns(FLOAT_TYPES[kind].unpack(template.read(name)))
-    given = _some_columns(torch.cat([weights.read(source).float() for source in sources]))
+    given = torch.cat([_some_columns(weights.read(source).float()) for source in sources])
+    stored = template.read(name)
+    values = FLOAT_TYPES[kind].unpack(stored.reshape(-1, stored.shape[-1]))
+    wanted = _some_columns(values.reshape(len(given), -1))
     allowed = TOLERANCES[kind] * float(wanted.abs().max().clamp_min(1e-30))
     for order in _orders(name, len(given), shape):
         turned = given if order is None else given[order]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import gguf
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor
 
 from exlq.errors import FormatError, ModelError
 from exlq.formats.gguf import metadata, rope
+from exlq.formats.gguf.recipes import is_quantized_name
 from exlq.types import GgufFamily, Weights
 
+_STACKED = re.compile(r"_exps\.weight$")
 _LONGEST_NAME_BYTES = 63  # llama.cpp's GGML_MAX_NAME, less the final zero
 _SUFFIXES = (".weight", ".bias")
 _HEAD = "lm_head.weight"
@@ -26,9 +30,17 @@ _MATRICES = (
     "ffn_gate.weight",
     "ffn_up.weight",
     "ffn_down.weight",
+    "ffn_gate_shexp.weight",
+    "ffn_up_shexp.weight",
+    "ffn_down_shexp.weight",
+    "ffn_gate_exps.weight",
+    "ffn_up_exps.weight",
+    "ffn_down_exps.weight",
 )
-_LINEARS = tuple(name.removesuffix(".weight") for name in _MATRICES)
-_BIASED = {"llama": _LINEARS, "qwen2": ("attn_q", "attn_k", "attn_v")}  # linears with one, by architecture
+_QKV = ("attn_q", "attn_k", "attn_v")
+_DENSE = (*_QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_BIASED = {"llama": _DENSE, "qwen2": _QKV, "qwen2moe": _QKV}  # linears with one, by architecture
+_VECTORS = ("ffn_gate_inp_shexp.weight",)  # matrices of one row in checkpoints
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +48,9 @@ class Entry:
     """One tensor of the file and the tensors of the checkpoint it is made of.
 
     The rows of `sources`, canonical names, follow one another, `rows` of each; row i of the file is row
-    `order[i]` of them, and `shift` is added to every value. A computed tensor has a `value`, float32,
-    in place of sources. `shape` is torch's.
+    `order[i]` of them, and `shift` is added to every value. Experts' matrices are stacked: `shape`, which is
+    torch's, is then (experts, rows of each, in_features). A computed tensor has a `value`, float32, in
+    place of sources.
     """
 
     name: str
@@ -50,8 +63,19 @@ class Entry:
 
     @property
     def matrix(self) -> bool:
-        """Whether this may be quantized: a matrix of weights, no norm, bias or computed tensor."""
-        return len(self.shape) == 2 and self.value is None
+        """Whether this may be quantized: matrices of weights, no router, norm, bias or computed tensor."""
+        return len(self.shape) >= 2 and self.value is None and is_quantized_name(self.name)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """The shape of the sources' rows together: they may be vectors or scalars."""
+        n_rows, total = sum(self.rows), prod(self.shape)
+        return (n_rows,) if total == n_rows and len(self.shape) == 1 else (n_rows, total // n_rows)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds a matrix of every expert, one source each."""
+        return len(self.shape) > 2
 
 
 def file_tensors(
@@ -85,6 +109,13 @@ def file_tensors(
     for name, value in rope.rope_tensors(positions, family.architecture, channels).items():
         entries.append(Entry(name, (), (), tuple(value.shape), value=value))
     return tuple(sorted(entries, key=lambda entry: file_place(entry.name)))
+
+
+def file_shape(name: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape in the file of what has these shapes in the checkpoint."""
+    if _STACKED.search(name):
+        return (len(shapes), *shapes[0])
+    return shapes[0][1:] if name.endswith(_VECTORS) else (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def to_file(entry: Entry, values: Tensor) -> Tensor:
@@ -187,7 +218,7 @@ def _entry(
         name,
         sources,
         rows,
-        (sum(rows), *shapes[0][1:]),
+        file_shape(name, shapes),
         order=pair_order(name, sum(rows), *metadata.head_counts(config)) if family.rotates_pairs else None,
         shift=family.norm_shift if stored.endswith("norm.weight") else 0.0,
     )

@@ -38,7 +38,7 @@ class GgufWeights:
     def shape(self, key: str) -> tuple[int, ...]:
         """Shape without reading the data; raises ModelError for an unknown name."""
         entry = self._entry(key)
-        return (entry.rows[entry.sources.index(key)], *entry.shape[1:])
+        return (entry.rows[entry.sources.index(key)], *entry.rows_shape[1:])
 
     def dtype(self, key: str) -> torch.dtype:
         self._entry(key)
@@ -47,6 +47,8 @@ class GgufWeights:
     def read(self, key: str, rows: slice | Tensor | None = None) -> Tensor:
         """The tensor, or only the given rows of its first dimension, which alone are dequantized."""
         entry = self._entry(key)
+        if entry.stacked:
+            return self._expert(entry, entry.sources.index(key), rows)
         kept = self._kept is not None and self._kept[0] == entry.name
         if rows is None or kept or len(entry.shape) == 1:
             whole = from_file(entry, self._whole(entry))[key]
@@ -54,10 +56,18 @@ class GgufWeights:
         stored = file_rows(entry, key)[rows if isinstance(rows, slice) else rows.cpu()]
         return unshifted(entry, self._unpacked(entry, stored))
 
+    def _expert(self, entry: Entry, expert: int, rows: slice | Tensor | None) -> Tensor:
+        """One matrix of a stack; the stack itself may be too large to be kept."""
+        (stored,) = self._file.read(entry.name, slice(expert, expert + 1))
+        if rows is not None:
+            stored = stored[rows if isinstance(rows, slice) else rows.cpu()]
+        return TYPES[self._file.tensors[entry.name].type].unpack(stored)
+
     def _whole(self, entry: Entry) -> Tensor:
         if self._kept is None or self._kept[0] != entry.name:
             self._kept = None  # two large ones need not be in memory together
-            self._kept = entry.name, unshifted(entry, self._unpacked(entry, None))
+            whole = unshifted(entry, self._unpacked(entry, None))
+            self._kept = entry.name, whole.reshape(entry.rows_shape)
         return self._kept[1]
 
     def _unpacked(self, entry: Entry, rows: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,12 @@ class Fields:
     offset: Tensor | None = None  # like d
     scales: Tensor | None = None  # (rows, in_features / sub_block) integers, s
     mins: Tensor | None = None  # like scales, m
+
+    def of_rows(self, rows: Tensor | slice) -> Fields:
+        """Some of the rows."""
+        chosen = rows.cpu() if isinstance(rows, Tensor) else rows
+        named: dict[str, Any] = {n: None if v is None else v[chosen] for n, v in vars(self).items()}
+        return Fields(**named)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,9 @@ def said(config: dict[str, Any], architecture: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_json_and_the_completed_config_say_the_same(family: str, tiny: TinyMaker) -> None:
-    model = opened(tiny(family, True))
-    raw = hyper_parameters(raw_config(tiny(family, True)), family_of(model))
+    directory = tiny(family, family != "qwen2_moe")  # which llama.cpp wants with a head of its own
+    model = opened(directory)
+    raw = hyper_parameters(raw_config(directory), family_of(model))
     assert raw == hyper_parameters(model.config.to_dict(), family_of(model))
 
 
@@ -122,12 +123,12 @@ def test_phi3_always_says_its_window_and_original_length() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_filled_in_is_what_transformers_fills_in(family: str) -> None:
     model_type = SETTINGS[family][0]
-    known = CONFIG_MAPPING[model_type]().to_dict()
+    known = CONFIG_MAPPING[model_type]()
     for key, value in completed({"model_type": model_type}).items():
         if key == "rope_theta":
-            assert known["rope_parameters"]["full_attention"][key] == value
+            assert known.rope_parameters["full_attention"][key] == value
         elif key != "vocab_size":
-            assert known[key] == value
+            assert getattr(known, key) == value
 
 
 def test_a_27b_is_scaled_by_hidden_size_over_heads() -> None:
