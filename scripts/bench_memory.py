@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for its neigh
 from exlq.formats.exl2_codec import Exl2Codec
 from exlq.measurement import Measurement
 from exlq.memory import PeakMemory
+from exlq.numerics.precision import quick_products
 from exlq.pipeline import measure, quantize, sensitivity
 from exlq.pipeline.config import ConvertConfig
 from exlq.pipeline.plan import Plan, make_plan
@@ -40,6 +41,7 @@ class Enough(Exception):  # noqa: N818
     """Raised when as many blocks as asked for are done."""
 
 
+@quick_products()
 def main() -> int:
     """Prints the peak of every pass; exit code 1 if one is above 2.5 GB."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)

@@ -24,6 +24,7 @@ from exlq.formats.exl2_options import OPTIONS
 from exlq.memory import PeakMemory
 from exlq.numerics import hessian
 from exlq.numerics.hessian import Factor
+from exlq.numerics.precision import quick_products
 from exlq.numerics.threads import in_parallel
 from exlq.pipeline import parts, trial
 from exlq.types import LinearSpec, Option
@@ -31,6 +32,7 @@ from exlq.types import LinearSpec, Option
 CODEC = Exl2Codec()
 
 
+@quick_products()
 def main() -> int:
     """Prints both ratios; exit code 1 if one is above its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
