@@ -128,6 +128,17 @@ def test_a_sum_is_the_mean_over_all_tokens_of_all_pieces(dtype: torch.dtype) -> 
     assert total.mean().dtype == torch.float32
 
 
+@pytest.mark.parametrize("tile", [5, 8, 24, 100])
+def test_a_sum_in_tiles_is_the_whole_product(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(hessian, "TILE", tile)
+    tokens = correlated_tokens(200, 24, seed=3)
+    total = HessianSum.zeros(24, torch.device("cpu"))
+    for part in torch.split(tokens, 64):
+        total.add(part)
+    wanted = tokens.double().T @ tokens.double() / len(tokens)
+    torch.testing.assert_close(total.mean().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_an_input_no_token_reached_is_refused() -> None:
     with pytest.raises(HessianError, match="no token"):
         HessianSum.zeros(8, CPU).mean()
